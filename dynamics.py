@@ -1,0 +1,281 @@
+"""Stage 3: the dynamics model (ST-MaskGIT, section 2.1). Given the past and a button, what does the next frame look like?
+
+    python dynamics.py                       # needs tokenizer.pt and lam.pt in the run folder -> dynamics.pt
+
+It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills in the masked tokens of z_t: in training some
+of them are given, when playing none at first, then more and more (MaskGIT, Chang et al. 2022).
+Action a_{t-1} leads from frame t-1 to frame t and is added to every token of frame t, where it is needed.
+
+Where it departs from the paper: how the past looks in training. The paper masks half of it or more (`--masking paper`), and
+plays with a clean past. Our default trains the way it plays, with two streams in one pass: a clean copy of the clip, and a
+masked copy whose frame t looks at frames 1..t-1 of the clean copy. Some clean tokens are replaced at random, so that the
+model learns to live with its own mistakes (GameNGen's remedy, in tokens).
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import lam as lam_stage
+import tokenizer as tokenizer_stage
+from data import Clips, psnr
+from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint, load_model, make_optimizer, parallel, parser,
+                      save_picture, settle, stop)
+
+KNOBS = dict(
+    #            test  laptop   gpu  coinrun
+    steps=      (200,    800, 30000, 200000, "training steps"),
+    batch=      (  8,     16,    36,     36, "clips in a step"),
+    frames=     (  8,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
+    dim=        ( 48,    128,   768,    512, "width D"),
+    layers=     (  2,      4,    12,     12, "ST blocks"),
+    heads=      (  2,      2,    12,      8, "attention heads"),
+    action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
+    masking=    ("streams", "streams", "streams", "paper", "how clips are masked in training: streams, frames or paper"),
+    noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
+    lr=         (3e-3,  1e-3,  1e-4,   3e-5, "peak learning rate"),
+    warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
+    maskgit=    (  4,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
+    temperature=(1.0,    1.0,   1.0,    1.0, "temperature of the sampled tokens (for the scores)"),
+    order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
+)
+MODEL = ("dim", "layers", "heads", "action")
+
+
+class Dynamics(nn.Module):
+    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
+
+    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action):
+        super().__init__()
+        self.N, self.K, self.MASK, self.action = tokens, codes, codes, action
+        self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
+        self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
+        self.embed_action = nn.Linear(code_dim, dim)
+        self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
+        self.head = nn.Linear(dim, codes)
+        nn.init.normal_(self.embed.weight, std=0.5)
+
+    def actions(self, a):
+        """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
+        return F.pad(self.embed_action(F.embedding(a, self.buttons)), (0, 0, 1, 0))
+
+    def logits(self, z, e, time=None, mask=None, cache=None):
+        """z (B, T, N), e (B, T, D) from `actions` -> logits. time, mask, cache: see STTransformer."""
+        x = self.embed(z)                                                # (B, T, N, D)
+        if self.action == "add":
+            x = self.transformer(x + e.unsqueeze(2), time, mask, cache)
+        else:
+            x = self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
+        return self.head(x)
+
+    def forward(self, z, a, masking, noise):
+        """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
+        B, T, N = z.shape
+        e = self.actions(a)
+        if masking == "paper":                                           # one rate for a clip, U(0.5, 1)
+            rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
+        else:                                                            # one for each frame, by MaskGIT's cosine: often near 1
+            rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=z.device))
+        if masking == "frames":                                          # a clean past of random length
+            clean = torch.rand(B, 1, 1, device=z.device) * T
+            rate = rate * (torch.arange(T, device=z.device)[:, None] >= clean)
+        hidden = torch.rand(B, T, N, device=z.device) < rate
+        hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
+        past = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
+        past = torch.where(past, torch.randint(self.K, z.shape, device=z.device), z)
+        if masking == "streams":
+            time, mask = two_streams(T, self.transformer.window, z.device)
+            both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
+            logits = self.logits(both, torch.cat([e, e[:, 1:]], 1), time, mask)[:, T:]
+            hidden, target = hidden[:, 1:], z[:, 1:]
+        else:
+            logits, target = self.logits(past.masked_fill(hidden, self.MASK), e), z
+        return F.cross_entropy(logits[hidden].float(), target[hidden])   # target: the tokens as they were before masking
+
+
+def two_streams(T, window, device):
+    """Times and mask for a clean clip (T frames) followed by its masked copy (frames 2..T).
+
+    Clean frames look at clean frames up to themselves; a masked frame at the clean frames before it, and at itself.
+    """
+    time = torch.cat([torch.arange(T), torch.arange(1, T)]).to(device)                       # (2T-1,)
+    masked = torch.arange(2 * T - 1, device=device) >= T
+    back = time[:, None] - time                                                              # frames from query to key
+    clean_key = ~masked & (back >= masked[:, None].long()) & (back < window)
+    return time, clean_key | torch.eye(2 * T - 1, dtype=torch.bool, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ playing
+
+def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device="cpu", film=None):
+    """Draw the tokens (B, 1, N) of one frame. predict(z) gives the logits (B, 1, N, K) of a frame z with holes.
+
+    At each step every hole gets a sampled token, some of these are committed for good, the rest become holes again. How
+    many stay open follows MaskGIT's cosine. Which stay: `random`, or those of the highest probability (`confidence`).
+    """
+    z = torch.full((B, 1, N), MASK, device=device)
+    for s in range(steps):
+        logits = predict(z).float()
+        if temperature > 0:
+            drawn = torch.distributions.Categorical(logits=logits / temperature, validate_args=False).sample()
+        else:
+            drawn = logits.argmax(-1)                                    # (B, 1, N)
+        hole = z == MASK
+        if order == "confidence":
+            score = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        else:
+            score = torch.rand(z.shape, device=device)
+        score = score.masked_fill(~hole, float("inf"))                   # what is committed stays committed
+        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))
+        chosen = torch.zeros_like(hole).scatter(-1, score.topk(keep, -1).indices, True)
+        z = torch.where(hole & chosen, drawn, z)
+        if film is not None:
+            film.append(z.clone())
+    return z
+
+
+class World:
+    """A dynamics model being played: B worlds side by side, one frame at a time, in constant time and memory."""
+
+    def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
+        self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
+        self.cache = dynamics.transformer.new_cache(B)
+
+    def show(self, z, e):
+        """Put a finished frame z (B, 1, N) into the cache; e (B, 1, D) is the action that led to it."""
+        self.dynamics.logits(z, e, cache=self.cache)
+        self.cache.advance()
+
+    @torch.no_grad()
+    def prompt(self, z, a=None):
+        """Begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
+        a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
+        e = self.dynamics.actions(a)                                     # (B, T, D)
+        for t in range(z.size(1)):
+            self.show(z[:, t:t + 1], e[:, t:t + 1])
+
+    @torch.no_grad()
+    def step(self, a, film=None):
+        """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
+        d = self.dynamics
+        e = d.actions(a[:, None])[:, 1:]                                 # (B, 1, D)
+        z = maskgit(lambda z: d.logits(z, e, cache=self.cache), self.B, d.N, d.MASK, self.steps, self.temperature, self.order,
+                    a.device, film)
+        self.show(z, e)
+        return z
+
+
+@torch.no_grad()
+def rollout(dynamics, z, a, cached=True, **sampling):
+    """Go on from frames z (B, T, N) under actions a (B, T-1+M), of which the first T-1 led to z: (B, T+M, N).
+
+    cached=False computes the whole past anew at every MaskGIT step: slow, short to read, and exactly the same result.
+    """
+    T = z.size(1)
+    if cached:
+        world = World(dynamics, len(z), **sampling)
+        world.prompt(z, a[:, :T - 1])
+        return torch.cat([z] + [world.step(a[:, t]) for t in range(T - 1, a.size(1))], 1)
+    for t in range(T - 1, a.size(1)):
+        e = dynamics.actions(a[:, :t + 1])
+        predict = lambda new: dynamics.logits(torch.cat([z, new], 1), e)[:, -1:]
+        z = torch.cat([z, maskgit(predict, len(z), dynamics.N, dynamics.MASK, device=z.device, **sampling)], 1)
+    return z
+
+
+def sampling_of(args):
+    return dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
+
+
+# ------------------------------------------------------------------------------------------------ what it learned
+
+@torch.no_grad()
+def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=64):
+    """PSNR with inferred actions, with random ones, and of the first frame kept, at generated frames 1..frames.
+
+    One real frame is the prompt (encoded by itself, as in play); x^ follows the actions inferred from the clip, x^' uniformly
+    random ones. Three tensors (clips, frames). delta_t PSNR (section 3, Metrics) is the first minus the second at t = 4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for x in clips[:, :frames + 1].split(batch):
+        a = lam.encode(x)                                                # (B, frames)
+        b = torch.randint(len(dynamics.buttons), a.shape, generator=generator).to(a.device)
+        z = tokenizer.encode(x[:, :1])
+        y = [tokenizer.decode(rollout(dynamics, z, actions, **sampling)) for actions in (a, b)]
+        result.append(torch.stack([psnr(v[:, 1:], x[:, 1:]) for v in (*y, x[:, :1].expand_as(x))]))
+    return torch.cat(result, 1)
+
+
+@torch.no_grad()
+def evaluate(dynamics, args, tokenizer, lam, clips=256):
+    """Held-out levels: delta_psnr with its standard error. Writes the picture."""
+    dynamics.eval()
+    torch.manual_seed(0)
+    valid = Clips(args.data, "valid", args.frames, args.device)
+    x = valid.at(valid.spread(clips))
+    inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
+    delta = inferred - random
+    scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / clips ** 0.5).item(), psnr_t4=inferred.mean().item(),
+                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=clips, **sampling_of(args))
+    long = Clips(args.data, "valid", 9, args.device)
+    x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
+    y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling_of(args)))
+    rows = [torch.cat(list(v), 1) for pair in zip(x, y) for v in pair]
+    z, K = tokenizer.encode(x[1:2, :1]).expand(len(dynamics.buttons), -1, -1), len(dynamics.buttons)
+    held = torch.arange(K, device=z.device)[:, None].expand(-1, 8)
+    rows += [torch.cat(list(v), 1) for v in tokenizer.decode(rollout(dynamics, z, held, **sampling_of(args)))]
+    save_picture(args.run / "dynamics.png", torch.cat(rows), "three held-out clips, each above the model's version from its first "
+                 "frame and inferred actions; then one frame under every button, held for 8 frames")
+    return scores
+
+
+def load_upstream(args):
+    """The frozen tokenizer and LAM of the run folder; both must come from the data in use."""
+    data = Clips(args.data, "train", args.frames, args.device)
+    models = []
+    for name, stage in (("tokenizer", tokenizer_stage), ("lam", lam_stage)):
+        model, ckpt = load_model(args.run / f"{name}.pt", stage.build, name, args.device)
+        if ckpt["origin"]["data"] != data.name:
+            stop(f"{args.run}/{name}.pt was trained on {ckpt['origin']['data']}, but {args.data} is {data.name}; use its --run "
+                 f"folder, or train it on this data")
+        models.append(model)
+    return data, *models
+
+
+def build(**config):
+    return Dynamics(**config)
+
+
+def main(argv=None):
+    args = settle(parser(__doc__, KNOBS).parse_args(argv))
+    clips, tokenizer, lam = load_upstream(args)
+    config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
+                  code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    torch.manual_seed(args.seed)
+    model = build(**config).to(args.device)
+    model.buttons.copy_(lam.vq.codebook)
+    optimizer = make_optimizer(model, args.lr)
+    run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
+    for module in (model, tokenizer, lam):
+        compile_blocks(module, args)
+    net = parallel(model, args)
+
+    for step in run.steps():
+        x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
+        with autocast(args.device):
+            with torch.no_grad():                                        # the stop-gradient of section 2.1
+                z, a = tokenizer.encode(x), lam.encode(x)                # (B, T, N), (B, T-1)
+            loss = net(z, a, args.masking, args.noise)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.log(step, loss)
+
+    run.report(lambda model, args: evaluate(model, args, tokenizer, lam), fingerprint=fingerprint(model))
+
+
+if __name__ == "__main__":
+    main()

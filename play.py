@@ -1,0 +1,419 @@
+"""The world in your hands: press a button, the model draws what happens next.
+
+    python play.py                      # a window; the trained world of runs/platformer, or else the small one in assets/
+    python play.py --script             # no window: plays a scripted sequence, writes play.gif and buttons.png
+    python play.py --prompt photo.png   # begin from any picture
+    python play.py --bench              # how fast, with and without the cache
+    MPLBACKEND=WebAgg python play.py    # the same window in a browser, for a machine that is elsewhere
+
+    1 2 3 ...     the latent actions, as the model found them       r      back to the start
+    arrow keys    left, right, up to jump (built-in game)           n      another starting frame
+    space         pause                                             u      take back a step
+    b             what would every button do now?                   g      start / stop recording a GIF
+    q             quit
+
+What happens in a step (section 2.2): the code you pressed is looked up in the LAM's codebook, MaskGIT fills in the tokens of
+the next frame, the tokenizer's decoder turns them into pixels. Tokens are never encoded again from pixels; both transformers
+keep the keys and values of the past (st_block.Cache), so a frame costs the same after an hour as at the start.
+"""
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dynamics as dynamics_stage
+import lam as lam_stage
+import tokenizer as tokenizer_stage
+from data import ACTIONS, PLAYER_X, Clips, Platformer, Policy, psnr
+from dynamics import World, rollout
+from st_block import fingerprint, load_model, memory, parser, read_checkpoint, settle, stop, write_atomically, write_json
+
+ASSETS = Path(__file__).parent / "assets"
+ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
+
+
+# ------------------------------------------------------------------------------------------------ the game behind the window
+
+class Game:
+    """A learned world in play: press a code, get a frame. For the built-in game the true one may run beside it."""
+
+    def __init__(self, folder, device, **sampling):
+        self.tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
+        self.dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
+        if made["origin"]["tokenizer"] != ckpt["fingerprint"]:
+            stop(f"{folder}/dynamics.pt was trained on another tokenizer than {folder}/tokenizer.pt; train it again: python dynamics.py")
+        self.device, self.K = device, len(self.dynamics.buttons)
+        self.built_in = ckpt["origin"]["data"].startswith("platformer ")
+        scores = folder / "lam.json"                            # the code that stands for each of data.ACTIONS, if known
+        self.keys = json.loads(scores.read_text()).get("keys") if scores.exists() else None
+        self.world = World(self.dynamics, **sampling)
+        self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
+
+    @torch.no_grad()
+    def reset(self, frame, true=None):
+        """Begin from frame (H, W, C) in [0, 1]. true: a Platformer in that very state, to be played alongside."""
+        self.first = (frame, true and (true, true.save()))
+        for cache in (self.world.cache, self.pictures):
+            cache.clear()
+        z = self.tokenizer.encode(frame[None, None].to(self.device))                # (1, 1, N)
+        self.world.prompt(z)
+        self.frame, self.true = self.draw(z), true
+        self.undo, self.count = [], 0
+        return self.frame
+
+    def restart(self):
+        frame, true = self.first
+        if true:
+            true[0].restore(true[1])
+        self.reset(frame, true and true[0])
+
+    def draw(self, z):
+        x = self.tokenizer.decode(z, self.pictures)
+        self.pictures.advance()
+        return x[0, 0].cpu().numpy()                            # (H, W, C)
+
+    @torch.no_grad()
+    def press(self, code, button=None):
+        """Advance one frame under latent action `code` (from 0); the true game, if any, under `button`."""
+        self.undo = self.undo[-31:] + [(self.world.cache.snapshot(), self.pictures.snapshot(), self.frame,
+                                        self.true and self.true.save())]
+        self.frame = self.draw(self.world.step(torch.tensor([code], device=self.device)))
+        if self.true and button is not None:
+            self.true.step(button)
+        self.count += 1
+        return self.frame
+
+    def take_back(self):
+        if self.undo:
+            past, drawn, self.frame, true = self.undo.pop()
+            self.world.cache.restore(past)
+            self.pictures.restore(drawn)
+            if self.true:
+                self.true.restore(true)
+            self.count -= 1
+
+    @torch.no_grad()
+    def every_button(self):
+        """The next frame under each code, from here, without moving on: (K, H, W, C)."""
+        past, drawn = self.world.cache.snapshot(), self.pictures.snapshot()
+        frames = []
+        for k in range(self.K):
+            frames.append(self.draw(self.world.step(torch.tensor([k], device=self.device))))
+            self.world.cache.restore(past)
+            self.pictures.restore(drawn)
+        return np.stack(frames)
+
+
+def starts(args, game):
+    """An endless supply of starting frames: (frame, true game or None). From --prompt, else held-out levels or clips."""
+    H, W = game.tokenizer.height, game.tokenizer.width
+    if args.prompt:
+        frame = read_image(args.prompt, H, W)
+        while True:
+            yield frame, None
+    rng = np.random.default_rng(args.seed)
+    if game.built_in:
+        while True:                                             # seeds from 500000 are never trained on: see data.py
+            true = Platformer(500_000 + int(rng.integers(100_000)))
+            policy = Policy(rng)
+            for _ in range(int(rng.integers(60))):
+                true.step(policy(true))
+            while not true.on_ground() or true.vx:              # stand still, so that one frame tells all
+                true.step(0)
+            yield torch.from_numpy(true.frame()).float() / 255, true
+    clips = Clips(args.data, "valid", 1)
+    while True:
+        yield clips.at([rng.choice(clips.starts)])[0, 0], None
+
+
+def read_image(path, H, W):
+    """Any image file as a frame (H, W, 3) in [0, 1]: the middle square, averaged down."""
+    import imageio.v3 as iio
+    try:
+        image = torch.from_numpy(np.array(iio.imread(path))).float() / 255
+    except Exception as e:                                      # every image plugin has exceptions of its own
+        stop(f"cannot read the picture {path} ({str(e).splitlines()[0]})")
+    image = image.reshape(*image.shape[-3:]) if image.dim() > 2 else image[..., None]
+    image = image[..., :3].expand(-1, -1, 3)
+    side = min(image.shape[:2])
+    top, left = (image.size(0) - side) // 2, (image.size(1) - side) // 2
+    square = image[top:top + side, left:left + side].permute(2, 0, 1)[None]
+    return F.interpolate(square, (H, W), mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ the window
+
+class Window:
+    """The matplotlib window: large crisp pixels, the true game beside it, a strip of what every button would do."""
+
+    def __init__(self, game, supply, args):
+        import matplotlib.pyplot as plt
+        self.game, self.supply, self.args, self.plt = game, supply, args, plt
+        self.held, self.released, self.paused, self.film, self.times = {}, {}, False, None, []
+        game.reset(*next(supply))
+        two = game.true is not None
+        for name in [k for k in plt.rcParams if k.startswith("keymap.")]:
+            plt.rcParams[name] = []                             # the toolbar's shortcuts would swallow our keys
+        plt.rcParams["toolbar"] = "None"
+        self.figure = plt.figure("Genie", figsize=(9.6 if two else 5.4, 6.8), facecolor="#16161a")
+        grid = self.figure.add_gridspec(2, game.K, height_ratios=[5, 1], left=0.02, right=0.98, top=0.93, bottom=0.09, wspace=0.06)
+        half = game.K // 2
+        self.view = self.image(grid[0, :half] if two else grid[0, :], game.frame, "the learned world")
+        self.beside = self.image(grid[0, half:], game.frame, "the true game, same keys") if two else None
+        self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8) for k in range(game.K)]
+        self.text = self.figure.text(0.02, 0.02, "", color="#c8c8d0", fontsize=9, family="monospace", animated=True)
+        self.moving = [self.view, self.text, *([self.beside] if two else []), *self.strip]
+        self.background = None
+        connect = self.figure.canvas.mpl_connect
+        connect("key_press_event", self.on_press)
+        connect("key_release_event", self.on_release)
+        connect("draw_event", self.on_draw)
+
+    def image(self, cell, frame, title, size=10):
+        ax = self.figure.add_subplot(cell)
+        ax.set_xticks([]), ax.set_yticks([])
+        ax.set_title(title, color="#c8c8d0", fontsize=size)
+        return ax.imshow(frame, interpolation="nearest", vmin=0, vmax=1, animated=True)
+
+    def label(self, code):
+        """`3` or `3 right`: a code's key, and the button it was found to mean."""
+        keys = self.game.keys or []
+        return " ".join([str(code + 1)] + [a for a, k in zip(ACTIONS, keys) if k == code])
+
+    # -------------------------------------------------------------------------------- keys
+
+    def on_press(self, event):
+        key, game = event.key, self.game
+        self.released.pop(key, None)
+        if key in ARROWS or (key and key.isdigit() and 1 <= int(key) <= game.K):
+            self.held[key] = True
+        elif key in ("r", "n"):
+            game.restart() if key == "r" else game.reset(*next(self.supply))
+        elif key == " ":
+            self.paused = not self.paused
+        elif key == "u":
+            self.paused = True
+            game.take_back()
+        elif key == "b":
+            for image, frame in zip(self.strip, game.every_button()):
+                image.set_data(frame)
+        elif key == "g":
+            self.record()
+        elif key == "q":
+            self.plt.close(self.figure)
+            return
+        self.show()
+
+    def on_release(self, event):
+        self.released[event.key] = time.time()                  # a key that repeats is released and pressed again at once
+
+    def choice(self):
+        """(code, true button or None) for the keys that are down, or None: nothing is pressed and no code means `none`."""
+        now = time.time()
+        for key, since in list(self.released.items()):
+            if now - since > 0.06:
+                self.held.pop(key, None), self.released.pop(key)
+        numbers = [k for k in self.held if k.isdigit()]
+        if numbers:
+            code = int(numbers[-1]) - 1
+            meaning = self.game.keys and [a for a, k in enumerate(self.game.keys) if k == code]
+            return code, meaning[0] if meaning else None
+        if self.game.keys is None:
+            return None
+        way = next((ARROWS[k] for k in reversed(list(self.held)) if k in ("left", "right")), 0)
+        button = way + 3 * ("up" in self.held)
+        return self.game.keys[button], button
+
+    # -------------------------------------------------------------------------------- frames
+
+    def tick(self):
+        """One beat of the clock: advance the world under the keys that are down, and show it."""
+        choice = None if self.paused else self.choice()
+        if choice:
+            self.game.press(*choice)
+            self.times = self.times[-20:] + [time.time()]
+            if self.film is not None:
+                self.film.append(self.game.frame)
+            self.show(choice)
+
+    def show(self, choice=None):
+        game = self.game
+        self.view.set_data(game.frame)
+        if self.beside:
+            self.beside.set_data(game.true.frame() if game.true else game.frame * 0)
+        rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
+        self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   " + ("paused   " if self.paused else "")
+                           + (f"code {self.label(choice[0])}   " if choice else "")
+                           + ("recording   " if self.film is not None else "")
+                           + "arrows / 1-8  r reset  n new  u undo  b buttons  g record  q quit")
+        canvas = self.figure.canvas
+        if self.background is None or not canvas.supports_blit:
+            canvas.draw_idle()
+        else:
+            self.draw_moving()
+            canvas.blit(self.figure.bbox)
+
+    def draw_moving(self):
+        """Only what moves is drawn anew, over a copy of the still background (blitting)."""
+        self.figure.canvas.restore_region(self.background)
+        for artist in self.moving:
+            (artist.axes or self.figure).draw_artist(artist)
+
+    def on_draw(self, _):
+        self.background = self.figure.canvas.copy_from_bbox(self.figure.bbox)
+        self.draw_moving()
+
+    def record(self):
+        if self.film is None:
+            self.film = [self.game.frame]
+        else:
+            n = len(list(self.args.run.glob("recording-*.gif"))) + 1
+            write_gif(self.args.run / f"recording-{n}.gif", self.film)
+            self.film = None
+
+    def run(self):
+        timer = self.figure.canvas.new_timer(interval=int(1000 / self.args.fps))
+        timer.add_callback(self.tick)
+        timer.start()
+        self.show()
+        self.plt.show()
+        if self.film:
+            self.record()
+
+
+def write_gif(path, frames, fps=10, zoom=4):
+    import imageio.v2 as imageio
+    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1) for f in frames]
+    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps, loop=0))
+    print(f"{path}: {len(frames)} frames")
+
+
+# ------------------------------------------------------------------------------------------------ without a window
+
+SCRIPT = ["right"] * 10 + ["right+jump"] * 3 + ["right"] * 12 + ["left+jump"] * 2 + ["left"] * 12 + ["none"] * 4 + \
+         ["jump"] * 2 + ["none"] * 9 + ["right"] * 8 + ["right+jump"] * 3 + ["right"] * 15
+
+
+def play_script(game, supply, args):
+    """Play a fixed sequence and write play.gif (beside the true game, if there is one) and buttons.png."""
+    film = []
+    for _ in range(args.worlds):
+        game.reset(*next(supply))
+        for word in tqdm(SCRIPT, desc="playing", unit="frame", dynamic_ncols=True):
+            button = ACTIONS.index(word)
+            code = game.keys[button] if game.keys else button % game.K
+            frame = game.press(code, button if game.keys else None)
+            if game.true:
+                frame = np.concatenate([frame, np.zeros_like(frame[:, :4]), game.true.frame() / 255.0], 1)
+            film.append(frame)
+    write_gif(args.run / "play.gif", film)
+    if game.true:
+        print("left: the learned world; right: the true game from the same frame under the same keys")
+    rows = []
+    for k in range(game.K):
+        game.reset(*game.first) if not game.true else game.restart()
+        rows.append(np.concatenate([game.frame] + [game.press(k) for _ in range(8)], 1))
+    from st_block import save_picture
+    save_picture(args.run / "buttons.png", torch.from_numpy(np.concatenate(rows)), "the same frame, then eight frames of every button; a row each")
+
+
+# ------------------------------------------------------------------------------------------------ speed
+
+@torch.no_grad()
+def bench(game, supply, args):
+    """Frames/s with the cache (dynamics and decoder) and without (both recompute a window of 16 frames). JSON lines."""
+    game.reset(*next(supply))
+    for steps in (1, 4, 8, 25):
+        game.world.steps = steps
+        took = []
+        for i in range(40):
+            began = time.perf_counter()
+            game.press(i % game.K)
+            took.append(time.perf_counter() - began)
+        fast = sorted(took)[20]
+        d, t = game.dynamics, game.tokenizer
+        z, e = torch.randint(d.K, (1, 16, d.N), device=game.device), d.actions(torch.zeros(1, 15, dtype=torch.long, device=game.device))
+        took = []
+        for _ in range(3):
+            began = time.perf_counter()
+            for _ in range(steps):
+                d.logits(z, e).sum().item()
+            t.decode(z).sum().item()
+            took.append(time.perf_counter() - began)
+        slow = sorted(took)[1]
+        print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
+                              ratio=round(slow / fast, 1), device=str(game.device), threads=torch.get_num_threads())))
+    game.world.steps = args.maskgit
+    for upto in (20, 200, 2000):
+        while game.count < upto:
+            game.press(game.count % game.K)
+        took = []
+        for i in range(20):
+            began = time.perf_counter()
+            game.press(i % game.K)
+            took.append(time.perf_counter() - began)
+        print(json.dumps(dict(after_frames=upto, milliseconds_per_frame=round(1000 * sorted(took)[10], 2),
+                              memory_gb=round(memory(game.device), 3))))
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def export(args):
+    """Write play-only weights: no optimizer, no LAM encoder or decoder, half precision."""
+    for stage in ("tokenizer", "dynamics"):
+        ckpt = read_checkpoint(args.run / f"{stage}.pt", stage)
+        ckpt["optimizer"] = None
+        ckpt["model"] = {k: v.half() if v.is_floating_point() else v for k, v in ckpt["model"].items()}
+        path = args.export / f"{stage}.pt"
+        write_atomically(path, lambda f: torch.save(ckpt, f))
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for stage in ("tokenizer", "lam", "dynamics"):
+        shutil.copy(args.run / f"{stage}.json", args.export)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", type=Path, default=Path("data/platformer"), help="where starting frames of your own videos come from")
+    p.add_argument("--run", type=Path, help="folder of the trained world (default: runs/NAME OF THE DATA, else assets/)")
+    p.add_argument("--prompt", type=Path, help="begin from this picture")
+    p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.7, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
+    p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
+    p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
+    p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
+    p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
+    p.add_argument("--bench", action="store_true", help="measure frames per second")
+    p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
+    args = p.parse_args(argv)
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0:
+        stop("--maskgit must be at least 1, --fps above 0, --temperature not negative")
+    folder = args.run = args.run or Path("runs") / args.data.name
+    if not (folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer"):
+        folder = ASSETS
+        print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
+    if args.export:
+        return export(args)
+    torch.manual_seed(args.seed)
+    game = Game(folder, args.device, steps=args.maskgit, temperature=args.temperature, order=args.order)
+    supply = starts(args, game)
+    if args.bench:
+        return bench(game, supply, args)
+    if not args.script:
+        import matplotlib.pyplot as plt
+        if plt.get_backend().lower() == "agg":                  # matplotlib found no display
+            print("no display: playing a scripted sequence instead", file=sys.stderr)
+            args.script = True
+    play_script(game, supply, args) if args.script else Window(game, supply, args).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""What every stage shares: the ST-transformer, the vector quantizer, and the plumbing around a training loop.
+
+Genie (Bruce et al. 2024, arXiv 2402.15391) is three models made of one block. The ST block (section 2, figure 4) never
+lets a token look at every other token of the video. It looks at its own frame (spatial attention), then at its own place
+in earlier frames (temporal attention, causal), then passes one feed-forward layer. Cost grows with T, not with T^2 N^2.
+
+The legend of shapes, for the whole project:
+    B clips   T frames   N tokens of a frame   D width   K codes   H W C pixels   h heads   P pixels along a patch's side
+
+Where the paper is silent, this is what we chose: pre-norm RMSNorm, GELU feed-forward of 4 D, a learned embedding for the
+place in the frame, rotary embedding for time (so that a cached past stays valid when the window slides on).
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SIZES = ("test", "laptop", "gpu", "coinrun")
+
+
+# ------------------------------------------------------------------------------------------------ patches
+
+def patchify(x, P):
+    """Cut frames (B, T, H, W, C) into squares of P pixels: (B, T, N, P*P*C), N = (H/P) (W/P), row by row."""
+    B, T, H, W, C = x.shape
+    x = x.view(B, T, H // P, P, W // P, P, C).permute(0, 1, 2, 4, 3, 5, 6)      # (B, T, H/P, W/P, P, P, C)
+    return x.reshape(B, T, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(x, P, H, W):
+    """The inverse of patchify: (B, T, N, P*P*C) -> (B, T, H, W, C)."""
+    B, T, N, _ = x.shape
+    x = x.view(B, T, H // P, W // P, P, P, -1).permute(0, 1, 2, 4, 3, 5, 6)     # (B, T, H/P, P, W/P, P, C)
+    return x.reshape(B, T, H, W, -1)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+def rotary(time, dim):
+    """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
+
+    After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
+    400: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
+    """
+    theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
+    angle = time.float()[:, None] * theta                                        # (T, dim/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Apply `rotary` to x (..., T, dh)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def attention_by_hand(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(dh)) v, as it is written in every paper. mask (Tq, Tk): True where q may look at k.
+
+    torch's scaled_dot_product_attention is the same mathematics without ever storing the weights: right for a GPU. On a CPU,
+    for our many short sequences, this one is twice as fast once torch.compile has fused it. A test holds the two together.
+    """
+    weight = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))                     # (..., Tq, Tk)
+    if mask is not None:
+        weight = weight.masked_fill(~mask, float("-inf"))
+    return weight.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with QK-norm (section 2.1 uses it for the dynamics; it hurts nowhere, so: everywhere)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6)
+
+    def forward(self, x, turn=None, mask=None, past=None):
+        """x (B, S, D) attends along S. turn: (cos, sin) of `rotary`. past: a cache's (k, v, slot), see Cache."""
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, h, S, dh)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if past is not None:                        # one new frame: its key and value join those of the frames before
+            past_k, past_v, slot = past
+            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window, dh)
+            v = past_v.index_copy_(2, slot, v.to(past_v.dtype))
+        by_hand = q.device.type == "cpu" and torch.compiler.is_compiling()
+        attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
+        return self.out(x.transpose(1, 2).reshape(B, S, D))
+
+
+# ------------------------------------------------------------------------------------------------ the ST block
+
+class STBlock(nn.Module):
+    """Spatial attention, causal temporal attention, ONE feed-forward after both (section 2, figure 4)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm_space, self.space = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm_time, self.time = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm_ffw = nn.RMSNorm(dim, eps=1e-6)
+        self.ffw = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, turn, mask, past=None):
+        B, T, N, D = x.shape
+        s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
+        x = x + self.space(s).view(B, T, N, D)
+        t = self.norm_time(x).transpose(1, 2).reshape(B * N, T, D)               # every place by itself
+        x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
+        return x + self.ffw(self.norm_ffw(x))
+
+
+class STTransformer(nn.Module):
+    """A stack of ST blocks over (B, T, N, D). Token (t, n) of the output depends on frames 1..t of the input only.
+
+    In each layer a frame looks at itself and the window - 1 frames before it, however long the clip.
+    """
+
+    def __init__(self, tokens, dim, layers, heads, window):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
+        self.blocks = nn.ModuleList(STBlock(dim, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        for name, p in self.named_parameters():     # GPT-2's start: residual branches begin small, by the depth
+            if name.endswith(("out.weight", "ffw.2.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))
+
+    def forward(self, x, time=None, mask=None, cache=None):
+        """x (B, T, N, D) -> the same. time (T,) and mask (T, T) default to 0..T-1 and causal within the window.
+
+        With a cache, x is ONE new frame (T = 1) that follows the frames already in it.
+        """
+        T, dh = x.size(1), x.size(-1) // self.heads
+        if cache is not None:
+            time, mask = cache.now, cache.filled
+        elif time is None:
+            time = torch.arange(T, device=x.device)
+        if mask is None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
+        turn = rotary(time, dh)
+        x = x + self.place
+        for i, block in enumerate(self.blocks):
+            x = block(x, turn, mask, cache and cache.layer(i))
+        return self.norm(x)
+
+    def new_cache(self, B):
+        """An empty Cache for B worlds played side by side."""
+        p = self.place
+        return Cache(len(self.blocks), B * len(p), self.heads, self.window, p.size(1) // self.heads, p.device)
+
+
+class Cache:
+    """The temporal keys and values of the last `window` frames, layer by layer: what makes playing cheap.
+
+    Spatial attention never leaves a frame and temporal attention never looks ahead, so a new frame changes nothing about
+    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod window, the
+    oldest is overwritten, nothing grows. A forward pass writes the slot of the frame being drawn, again at every MaskGIT
+    step; `advance` moves on once its tokens are final. Rotary time is relative, so nothing kept has to be turned again.
+    The result is exactly that of the whole past under the windowed mask of STTransformer, at any length (a test).
+    """
+
+    def __init__(self, layers, rows, heads, window, dh, device):
+        self.k = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
+        self.window = window
+        self.now = torch.zeros(1, dtype=torch.long, device=device)               # time of the frame being drawn
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.filled = torch.zeros(1, window, dtype=torch.bool, device=device)    # which slots may be looked at
+        self.filled[:, 0] = True
+
+    def layer(self, i):
+        return self.k[i], self.v[i], self.slot
+
+    def advance(self):
+        """The frame in the current slot is final: the next forward pass draws the one after it."""
+        self.now += 1
+        self.slot.copy_(self.now % self.window)
+        self.filled[:, self.slot] = True
+
+    def tensors(self):
+        return [*self.k, *self.v, self.now, self.slot, self.filled]
+
+    def clear(self):
+        """Forget everything: the next frame is the first."""
+        self.now.zero_(), self.slot.zero_(), self.filled.zero_()
+        self.filled[:, 0] = True
+
+    def snapshot(self):
+        """A copy to come back to (undo, "what would every other button do")."""
+        return [t.clone() for t in self.tensors()]
+
+    def restore(self, snapshot):
+        for mine, kept in zip(self.tensors(), snapshot):
+            mine.copy_(kept.expand_as(mine))
+
+
+# ------------------------------------------------------------------------------------------------ vector quantizer
+
+class VectorQuantizer(nn.Module):
+    """Nearest neighbour in a codebook of K vectors (van den Oord et al. 2017, VQ-VAE).
+
+    - Vectors are first brought to unit root-mean-square, each by itself. Any norm that uses statistics of the batch drifts
+      while the encoder moves, and then the same clip gets other codes in evaluation than it had in training.
+    - Forward: z -> e_k, k = argmin |z - e_k|^2. Backward: the gradient at e_k is handed to z as it is (straight-through).
+    - Commitment loss |z - sg(e_k)|^2 keeps the encoder near its codes.
+    - The codebook itself learns as a running mean of the vectors that chose each code (VQ-VAE appendix A.1): k-means
+      online, in place of the codebook loss |sg(z) - e_k|^2, whose gradient is too slow for a run of minutes.
+    - A dead code (hardly chosen of late) is moved onto a random vector of the batch, plus noise. Copying a *live code*
+      would do nothing: the two would tie for ever.
+    """
+
+    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05, normalize=True):
+        super().__init__()
+        self.decay, self.dead, self.noise, self.normalize = decay, dead, noise, normalize
+        start = F.rms_norm(torch.randn(codes, dim), (dim,))
+        self.register_buffer("codebook", start.clone())                          # (K, dim)
+        self.register_buffer("mean_sum", start.clone())                          # running sum of the vectors of a code
+        self.register_buffer("mean_count", torch.zeros(codes))                   # running count of them, per batch
+
+    def norm(self, z):
+        return F.rms_norm(z, (z.size(-1),)) if self.normalize else z
+
+    def nearest(self, z):
+        """Indices (...) of the codes nearest to the normalised z (..., dim)."""
+        e = self.codebook
+        return ((e * e).sum(-1) - 2 * z @ e.T).argmin(-1)                        # |z|^2 is the same for all codes
+
+    def forward(self, z):
+        """z (..., dim) -> quantised (..., dim) with straight-through gradient, indices (...), commitment loss."""
+        with torch.autocast(z.device.type, enabled=False):                       # distances want full precision
+            z = self.norm(z.float())
+            index = self.nearest(z.detach())
+            if self.training:
+                self.learn(z.detach().reshape(-1, z.size(-1)), index.reshape(-1))
+            e = F.embedding(index, self.codebook)
+            loss = F.mse_loss(z, e.detach())
+            return z + (e - z).detach(), index, loss
+
+    @torch.no_grad()
+    def learn(self, z, index):
+        """One step of online k-means on z (M, dim), then the revival of dead codes."""
+        K, M = len(self.codebook), len(z)
+        count = torch.zeros_like(self.mean_count).index_add_(0, index, torch.ones(M, device=z.device))
+        total = torch.zeros_like(self.mean_sum).index_add_(0, index, z)
+        self.mean_count.lerp_(count, 1 - self.decay)
+        self.mean_sum.lerp_(total, 1 - self.decay)
+        dead = (self.mean_count < self.dead * M / K)[:, None]                    # far under its fair share
+        fresh = z[torch.randint(M, (K,), device=z.device)]
+        fresh = fresh + self.noise * torch.randn_like(fresh)
+        fair = M / K * 0.2                                                       # time enough to prove itself
+        self.mean_sum.copy_(torch.where(dead, fresh * fair, self.mean_sum))
+        self.mean_count.copy_(torch.where(dead[:, 0], torch.full_like(self.mean_count, fair), self.mean_count))
+        self.codebook.copy_(self.mean_sum / self.mean_count[:, None])
+
+
+def perplexity(index, K):
+    """exp(entropy) of code usage: K if all codes are equally common, 1 if only one is ever used."""
+    p = torch.bincount(index.flatten(), minlength=K).float() / index.numel()
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
+
+
+# ------------------------------------------------------------------------------------------------ plumbing: command line
+
+def stop(message):
+    """A user's mistake, or the world's: one sentence on stderr and exit code 1. Never a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parser(doc, knobs):
+    """The flags that every stage has, and one flag for each knob.
+
+    knobs: {name: (value at size test, laptop, gpu, coinrun, help text)}. `--size` picks a column, a flag overrides.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", default="data/platformer", help="folder that data.py wrote (default: %(default)s)")
+    p.add_argument("--run", help="folder for checkpoints, scores and pictures (default: runs/NAME OF THE DATA)")
+    p.add_argument("--size", choices=SIZES, help="the one dial: sets every knob below (default: gpu with CUDA, else laptop)")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same machine: the same run (default: 0)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
+    p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
+                   help="torch.compile (auto: on, if there is a GPU or a C++ compiler)")
+    group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
+    for name, (*values, text) in knobs.items():
+        kind = type(values[1])
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(),
+                           help=f"{text} ({' / '.join(map(str, values))})".replace("%", "%%"))
+    p.set_defaults(knobs=knobs)
+    return p
+
+
+def settle(args):
+    """Fill what the user left open: device, size, run folder, every knob of that size. Starts torchrun's process group."""
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        args.device = torch.device(args.device)
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+    args.size = args.size or ("gpu" if args.device.type == "cuda" else "laptop")
+    args.chosen = {k for k in args.knobs if getattr(args, k) is not None}        # what the user asked for by name
+    for k, values in args.knobs.items():
+        if getattr(args, k) is None:
+            setattr(args, k, values[SIZES.index(args.size)])
+    args.data = Path(args.data)
+    args.run = Path(args.run or Path("runs") / args.data.name)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.world > 1 and not torch.distributed.is_initialized():
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ plumbing: checkpoints
+
+def write_atomically(path, write):
+    """Write beside `path` and rename: whoever opens `path` finds the old file or the new one, never half of one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            write(f)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:            # torch.save wraps a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink()
+        stop(f"cannot write {path} ({e}); what was there before is untouched")
+
+
+def write_json(path, value):
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def fingerprint(model):
+    """Short hash of a model's weights: a checkpoint names the one that it was built on by it."""
+    h = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        h.update(name.encode() + t.detach().float().cpu().numpy().tobytes())
+    return h.hexdigest()[:12]
+
+
+def read_checkpoint(path, stage):
+    """The checkpoint at `path` as a dictionary, or one sentence that says why not."""
+    path = Path(path)
+    if not path.exists():
+        stop(f"{path} does not exist; make it first with: python {stage}.py")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        found = ckpt["stage"]
+    except Exception as e:                          # torch.load raises half a dozen types on a damaged file
+        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); train again with: python {stage}.py")
+    if found != stage:
+        stop(f"{path} is a checkpoint of {found}.py, but one of {stage}.py is needed here")
+    return ckpt
+
+
+def load_model(path, build, stage, device="cpu"):
+    """A trained model, frozen, and its checkpoint. `build` makes the model from the checkpoint's configuration."""
+    ckpt = read_checkpoint(path, stage)
+    try:
+        model = build(**ckpt["config"])
+        model.load_state_dict(ckpt["model"])
+    except (TypeError, RuntimeError, KeyError) as e:
+        stop(f"{path} does not fit this version of {stage}.py ({str(e).splitlines()[0]}); train again")
+    return model.to(device).float().eval().requires_grad_(False), ckpt
+
+
+# ------------------------------------------------------------------------------------------------ plumbing: training
+
+def schedule(step, steps, warmup, floor=0.1):
+    """Share of the peak learning rate at `step`: linear warm-up, then half a cosine down to `floor` (appendix C)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizer(model, lr):
+    """AdamW with the paper's betas and weight decay (appendix C); one fused kernel for the whole step."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-4, fused=True)
+
+
+def autocast(device):
+    """bf16 for the matrix products: on CUDA, and on CPUs with matrix tiles for it (AMX: measured 1.7 times fp32; without
+    them bf16 is slower). Weights, norms, losses and the quantizer stay in fp32."""
+    kind = torch.device(device).type
+    fast = kind == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+
+def compile_blocks(model, args):
+    """torch.compile every ST block: they share one compiled graph, so this takes a third of the time that the whole model
+    takes, for nearly all of the gain. `auto`: if it can work (a GPU, or a C++ compiler) and pays (not at size test)."""
+    if args.compile == "auto":
+        able = args.device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
+        args.compile = "on" if able and args.size != "test" else "off"
+    if args.compile == "on":
+        for module in model.modules():
+            if isinstance(module, STBlock):
+                module.compile(fullgraph=True, dynamic=False)
+
+
+def parallel(model, args):
+    """Under torchrun, average the gradients over the processes (DistributedDataParallel)."""
+    if args.world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[args.device.index] if args.device.type == "cuda" else None)
+
+
+def memory(device):
+    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                 # not on Windows, hence not at the top
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+
+
+class Run:
+    """What a training loop needs besides its mathematics: steps with a progress bar, Ctrl-C, saving, resuming.
+
+    Every step seeds torch with (seed, step, rank), so a resumed run draws the very numbers it would have drawn, and ends
+    bit-identical to one never interrupted (same machine, same seed).
+    """
+
+    def __init__(self, stage, args, model, optimizer, config, **origin):
+        self.stage, self.args, self.model, self.optimizer = stage, args, model, optimizer
+        self.config, self.origin = config, origin
+        self.path = args.run / f"{stage}.pt"
+        self.first, self.seconds = 0, 0.0
+        self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
+        if args.resume:
+            ckpt = read_checkpoint(self.path, stage)
+            for k, v in ckpt["knobs"].items():
+                if k in args.chosen - {"steps"} and getattr(args, k) != v:
+                    stop(f"--{k} {getattr(args, k)} was asked for, but {self.path} was begun with {v}; leave it out to resume")
+            if ckpt["config"] != config or ckpt["optimizer"] is None:
+                stop(f"{self.path} cannot be resumed with these settings; give the same --size and knobs as at its start")
+            for k in origin:
+                if ckpt["origin"].get(k) != origin[k]:
+                    stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); train afresh")
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+            self.first, self.seconds = ckpt["step"], ckpt["seconds"]
+        elif self.path.exists() and args.rank == 0:  # a new run begins: keep the last one, once
+            os.replace(self.path, self.path.with_suffix(".old.pt"))
+
+    def save(self, step, **extra):
+        if self.args.rank == 0:
+            seconds = self.seconds + time.time() - self.began
+            ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
+                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), **extra)
+            write_atomically(self.path, lambda f: torch.save(ckpt, f))
+
+    def steps(self):
+        """Yields step numbers up to args.steps. Saves every 500 steps, at Ctrl-C and at the end; sets seed and lr."""
+        from tqdm import tqdm
+        args, self.began, self.stopped = self.args, time.time(), False
+        with contextlib.suppress(ValueError):        # only the main thread may catch signals
+            signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
+        self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage, disable=args.rank > 0, mininterval=1,
+                        dynamic_ncols=True)
+        step = self.first
+        for step in range(self.first, args.steps):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, args.steps, args.warmup)
+            yield step
+            self.bar.update()
+            if self.stopped:
+                self.save(step + 1)
+                self.bar.close()
+                print(f"stopped and saved at step {step + 1}; go on with the same command and --resume", file=sys.stderr)
+                raise SystemExit(130)
+            if (step + 1) % 500 == 0:
+                self.save(step + 1)
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.seconds += time.time() - self.began
+        self.began = time.time()
+        self.save(args.steps, fingerprint=fingerprint(self.model))
+
+    def log(self, step, loss, **stats):
+        """Show the numbers every few steps (reading them makes a GPU wait); a loss that is not finite ends the run."""
+        if step % 20 == 0 or step == self.args.steps - 1:
+            value = loss.detach().item()
+            if not math.isfinite(value):
+                stop(f"the loss is {value} at step {step}; the last save is {self.path}; try a lower --lr")
+            self.bar.set_postfix({k: f"{v.detach().item():.4f}" for k, v in dict(loss=loss, **stats).items()})
+
+    def report(self, evaluate, **more):
+        """Score the finished model; print the scores and write them to NAME.json beside the checkpoint."""
+        args = self.args
+        if args.rank > 0:
+            return
+        with torch.compiler.set_stance("force_eager"):           # other shapes than in training: not worth compiling
+            scores = evaluate(self.model, args)
+        about = dict(stage=self.stage, size=args.size, steps=args.steps, seconds=round(self.seconds, 1), device=str(args.device),
+                     seed=args.seed, parameters=sum(p.numel() for p in self.model.parameters()),
+                     peak_memory_gb=round(memory(args.device), 2), torch=torch.__version__, **self.origin, **more, knobs=self.knobs)
+        scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in scores.items()}
+        write_json(args.run / f"{self.stage}.json", scores | about)
+        for k, v in scores.items():
+            print(f"{k:>24}  {v}")
+        print(f"{self.seconds / 60:.1f} minutes, {about['parameters'] / 1e6:.1f}M parameters; scores in {args.run}/{self.stage}.json")
+
+
+def save_picture(path, image, title):
+    """Write an image (H, W, C) in [0, 1] as a PNG, enlarged without smoothing, and say what it shows."""
+    import imageio.v2 as imageio
+    pixels = (image.clamp(0, 1) * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
+    write_atomically(path, lambda f: imageio.imwrite(f, pixels, format="png"))
+    print(f"{path}: {title}")

@@ -1,0 +1,131 @@
+"""Stage 1: the video tokenizer (ST-ViViT, section 2.1). Frames in, a grid of discrete tokens a frame out, and back.
+
+    python tokenizer.py                      # data/platformer -> runs/platformer/tokenizer.pt
+    python tokenizer.py --data data/mine     # your own videos
+
+A VQ-VAE whose encoder and decoder are causal ST-transformers: token z_t carries what x_1..x_t showed, and frame t is
+decoded from z_1..z_t. Everything later happens in these tokens.
+
+Where it departs from the paper, at size laptop: patches of 8 pixels instead of 4 (64 tokens a frame: a quarter of the work
+for each later stage), clips of 8 frames, a small model and a high learning rate (minutes, not days). At every size: the
+codebook is online k-means with revival (see VectorQuantizer), and the reconstruction error is divided by the variance of
+the pixels, so that it starts near 1 and the commitment loss cannot drown it.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import Clips, psnr
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, compile_blocks, fingerprint, make_optimizer, parallel,
+                      parser, patchify, perplexity, save_picture, settle, unpatchify)
+
+KNOBS = dict(
+    #            test  laptop   gpu  coinrun
+    steps=      (150,   1800, 20000, 300000, "training steps"),
+    batch=      (  8,     16,    48,     48, "clips in a step"),
+    frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
+    patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
+    dim=        ( 32,    128,   512,    512, "width D"),
+    layers=     (  1,      3,     8,      8, "ST blocks of the encoder, and of the decoder"),
+    heads=      (  2,      2,     8,      8, "attention heads"),
+    codes=      ( 64,   1024,  1024,   1024, "size of the codebook K"),
+    code_dim=   (  8,     32,    32,     32, "dimensions of a code"),
+    beta=       (0.25,  0.25,  0.25,   0.25, "weight of the commitment loss"),
+    lr=         (3e-3,  2e-3,  3e-4,   3e-4, "peak learning rate"),
+    warmup=     ( 10,    100,  1000,  10000, "steps of linear warm-up"),
+)
+MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")    # the knobs that a checkpoint must carry
+
+
+class Tokenizer(nn.Module):
+    """Frames (B, T, H, W, C) in [0, 1] <-> tokens (B, T, N), integers below `codes`. Both ways causal in time."""
+
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta):
+        super().__init__()
+        self.height, self.width, self.patch, self.beta = height, width, patch, beta
+        self.tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
+        self.embed = nn.Linear(pixels, dim)
+        self.encoder = STTransformer(self.tokens, dim, layers, heads, window)
+        self.to_code = nn.Linear(dim, code_dim)
+        self.vq = VectorQuantizer(codes, code_dim)
+        self.from_code = nn.Linear(code_dim, dim)
+        self.decoder = STTransformer(self.tokens, dim, layers, heads, window)
+        self.to_pixels = nn.Linear(dim, pixels)
+
+    def features(self, x):
+        x = patchify(2 * x - 1, self.patch)                         # (B, T, N, P*P*C)
+        return self.to_code(self.encoder(self.embed(x)))            # (B, T, N, code_dim)
+
+    def pixels(self, e, cache=None):
+        x = self.to_pixels(self.decoder(self.from_code(e), cache=cache))
+        return unpatchify(x.float(), self.patch, self.height, self.width) / 2 + 0.5         # (B, T, H, W, C)
+
+    def encode(self, x):
+        """Frames (B, T, H, W, C) -> tokens (B, T, N)."""
+        return self.vq.nearest(self.vq.norm(self.features(x).float()))
+
+    def decode(self, z, cache=None):
+        """Tokens (B, T, N) -> frames (B, T, H, W, C) in [0, 1]. With a cache: one new frame, which it must then advance past."""
+        return self.pixels(F.embedding(z, self.vq.codebook), cache).clamp(0, 1)
+
+    def forward(self, x):
+        """Loss of clips x, and what to watch."""
+        e, z, commitment = self.vq(self.features(x))
+        error = F.mse_loss(self.pixels(e), x)
+        loss = error / x.var() + self.beta * commitment
+        return loss, dict(mse=error, commit=commitment)
+
+
+def build(**config):
+    return Tokenizer(**config)
+
+
+@torch.no_grad()
+def tokens_of(tokenizer, clips, batch=16):
+    """Encode many clips, a few at a time."""
+    return torch.cat([tokenizer.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
+
+
+@torch.no_grad()
+def evaluate(tokenizer, args, clips=64):
+    """Held-out levels: psnr beside copy_psnr, and how much of the codebook is in use. Writes the picture."""
+    tokenizer.eval()
+    valid = Clips(args.data, "valid", 16, args.device)
+    x = valid.at(valid.spread(clips))                                # (B, 16, H, W, C)
+    z = tokens_of(tokenizer, x)
+    y = torch.cat([tokenizer.decode(part) for part in z.split(16)])
+    K = len(tokenizer.vq.codebook)
+    rows = [torch.cat(list(v[:8]), 1) for i in (0, clips // 3, 2 * clips // 3) for v in (x[i], y[i], (x[i] - y[i]).abs())]
+    save_picture(args.run / "tokenizer.png", torch.cat(rows), "held-out frames, their reconstruction, the absolute error")
+    return dict(psnr=psnr(x, y).mean().item(), psnr_frame_1=psnr(x, y)[:, 0].mean().item(),
+                copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
+                codes_in_use=len(z.unique()) / K, code_perplexity=perplexity(z, K).item(), codes=K)
+
+
+def main(argv=None):
+    args = settle(parser(__doc__, KNOBS).parse_args(argv))
+    clips = Clips(args.data, "train", args.frames, args.device)
+    height, width, _ = clips.meta["frame"]
+    config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    torch.manual_seed(args.seed)
+    model = build(**config).to(args.device)
+    optimizer = make_optimizer(model, args.lr)
+    run = Run("tokenizer", args, model, optimizer, config, data=clips.name)
+    compile_blocks(model, args)
+    net = parallel(model, args)
+
+    for step in run.steps():
+        x = clips.sample(args.batch // args.world)                   # (B, T, H, W, C)
+        with autocast(args.device):
+            loss, watch = net(x)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.log(step, loss, **watch)
+
+    run.report(evaluate, fingerprint=fingerprint(model))
+
+
+if __name__ == "__main__":
+    main()
