@@ -47,9 +47,9 @@ SPRITES = [np.array([[int(c) for c in row] for row in rows.split()]) for rows in
 class Platformer:
     """A level and its physics. Deterministic given (seed, actions); `save` and `restore` go back to any moment.
 
-    Left and right speed up by 2 pixels per frame to at most 4 and turn round at once; with neither, the player slides to a
-    halt. A jump starts from the ground only and is ruled by gravity after that. So one frame does not show what comes
-    next (how fast? rising or falling?), but two or three do. Falling into a pit costs time, never the episode.
+    Left and right speed up by 2 pixels per frame to at most 4 and turn round at once; with neither, the player stops on the
+    ground and flies on in the air. A jump starts from the ground only and is ruled by gravity after that. So one frame does
+    not show what comes next (how fast? rising or falling?), but two do. Falling into a pit costs time, never the episode.
     """
 
     def __init__(self, seed, look=None):
@@ -139,12 +139,13 @@ class Platformer:
     def step(self, action):
         """Advance by one frame (0.1 s) under ACTIONS[action]."""
         way = (0, -1, 1)[action % 3]
-        if way == 0:
-            self.vx -= ACCEL * (self.vx > 0) - ACCEL * (self.vx < 0)
-        else:
+        grounded = self.on_ground()
+        if way:
             self.facing = way
             self.vx = way * min(RUN, max(0, way * self.vx) + ACCEL)
-        if self.on_ground():
+        elif grounded:
+            self.vx = 0
+        if grounded:
             self.vy = -JUMP if action >= 3 else 0
         else:
             self.vy = min(FALL, self.vy + GRAVITY)
@@ -210,7 +211,7 @@ class Policy:
         rng = self.rng
         if rng.random() < 0.03:
             self.mood = 1 if rng.random() < 0.65 else -1
-        if rng.random() < 0.6:
+        if rng.random() < 0.75:
             way = rng.choice([0, self.mood, -self.mood], p=[0.27, 0.5, 0.23])
             self.action = {0: 0, -1: 1, 1: 2}[int(way)]
         ahead = game.hits(game.x + 6 * self.mood, game.y) or not game.hits(game.x + 10 * self.mood, game.y + 4)

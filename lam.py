@@ -8,6 +8,8 @@ and in a game that is what the player did. When playing, the player says the wor
 
 Where it departs from the paper (each measured in the README's lab notes):
 - the code quantises the CHANGE of features from frame t to t+1, so that what stands still (the level, its colours) cancels;
+- in half of the steps the decoder sees no frame but the last. With the whole past it soon knows "still running right" by
+  itself, and a code comes to mean "as before" or "the other way", never "right";
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail.
 """
@@ -32,6 +34,7 @@ KNOBS = dict(
     codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
+    blind=      ( 0.5,   0.5,   0.5,    0.0, "share of steps in which the decoder sees no frame but the last one"),
     lr=         (3e-3,  1e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
 )
@@ -61,11 +64,11 @@ class LatentActionModel(nn.Module):
         h = self.encoder(self.embed(patchify(2 * x - 1, self.patch)))    # (B, T, N, D)
         return self.to_code((h[:, 1:] - h[:, :-1]).mean(2))              # over the tokens of a frame
 
-    def predict(self, x, e):
+    def predict(self, x, e, mask=None):
         """The next frames x_2..x_{T+1} from x_1..x_T (B, T, H, W, C) and action vectors e (B, T, code_dim)."""
         patches = patchify(2 * x - 1, self.patch)                        # (B, T, N, P*P*C)
         h = self.embed_past(patches) + self.embed_action(e).unsqueeze(2)  # additive actions (section 2.1)
-        change = self.to_pixels(self.decoder(h)).float()
+        change = self.to_pixels(self.decoder(h, mask=mask)).float()
         return x + unpatchify(change, self.patch, self.height, self.width)
 
     def encode(self, x):
@@ -76,9 +79,14 @@ class LatentActionModel(nn.Module):
         """Next frames for frames x (B, T, H, W, C) under actions a (B, T): (B, T, H, W, C) in [0, 1]."""
         return self.predict(x, F.embedding(a, self.vq.codebook)).clamp(0, 1)
 
-    def forward(self, x):
+    def forward(self, x, blind=0.0):
+        """Loss of clips x, and what to watch."""
         e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
-        error = F.mse_loss(self.predict(x[:, :-1], e), x[:, 1:])
+        T = x.size(1) - 1
+        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        now = torch.eye(T, dtype=torch.bool, device=x.device)
+        mask = torch.where(torch.rand((), device=x.device) < blind, now, causal)
+        error = F.mse_loss(self.predict(x[:, :-1], e, mask), x[:, 1:])
         error = error / F.mse_loss(x[:, :-1], x[:, 1:])                  # 1: no better than copying the last frame
         return error + self.beta * commitment, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
 
@@ -194,7 +202,7 @@ def main(argv=None):
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args.device):
-            loss, watch = net(x)
+            loss, watch = net(x, args.blind)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
