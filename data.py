@@ -277,7 +277,7 @@ def build_platformer(root, episodes, frames, seed, overwrite):
         print(f"another button would have led to another frame in {(~same).any(1).mean():.1%} of transitions; "
               f"of the five other buttons, {(~same).sum(1).mean() / 5:.1%} would have")
         return dict(frame=[VIEW, VIEW, 3], fps=10, episodes=lengths)
-    build(root, overwrite, dict(source="platformer", seed=seed), fill)
+    build(root, overwrite, dict(source=f"platformer, seed {seed}"), fill)
 
 
 def build_videos(root, videos, size, fps, shortest, overwrite):
@@ -329,7 +329,7 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
         print(f"{len(files) - skipped} videos used, {skipped} skipped; frames: {sum(lengths['train'])} to train on, "
               f"{sum(lengths['valid'])} held out")
         return dict(frame=[size, size, 3], fps=fps, episodes=lengths)
-    build(root, overwrite, dict(source=str(videos)), fill)
+    build(root, overwrite, dict(source=f"videos in {videos}"), fill)
 
 
 # ------------------------------------------------------------------------------------------------ reading it
@@ -363,8 +363,8 @@ class Clips:
 
     @property
     def name(self):
-        """Identifies the data in checkpoints: name and number of frames."""
-        return f"{self.meta['name']} ({len(self.frames)} frames)"
+        """Identifies the data in checkpoints."""
+        return f"{self.meta['source']}, {len(self.frames)} frames"
 
     def at(self, starts):
         """The clips (B, T, H, W, C), float in [0, 1], that begin at these frames."""

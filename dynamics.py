@@ -249,7 +249,7 @@ def build(**config):
 
 
 def main(argv=None):
-    args = settle(parser(__doc__, KNOBS).parse_args(argv))
+    args = settle(parser(__doc__, KNOBS).parse_args(argv), "dynamics")
     clips, tokenizer, lam = load_upstream(args)
     config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
                   code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}

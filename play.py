@@ -29,11 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dynamics as dynamics_stage
-import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, PLAYER_X, Clips, Platformer, Policy, psnr
-from dynamics import World, rollout
-from st_block import fingerprint, load_model, memory, parser, read_checkpoint, settle, stop, write_atomically, write_json
+from data import ACTIONS, Clips, Platformer, Policy
+from dynamics import World
+from st_block import load_model, memory, read_checkpoint, save_picture, stop, write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -50,7 +49,7 @@ class Game:
         if made["origin"]["tokenizer"] != ckpt["fingerprint"]:
             stop(f"{folder}/dynamics.pt was trained on another tokenizer than {folder}/tokenizer.pt; train it again: python dynamics.py")
         self.device, self.K = device, len(self.dynamics.buttons)
-        self.built_in = ckpt["origin"]["data"].startswith("platformer ")
+        self.built_in = ckpt["origin"]["data"].startswith("platformer, ")
         scores = folder / "lam.json"                            # the code that stands for each of data.ACTIONS, if known
         self.keys = json.loads(scores.read_text()).get("keys") if scores.exists() else None
         self.world = World(self.dynamics, **sampling)
@@ -69,6 +68,7 @@ class Game:
         return self.frame
 
     def restart(self):
+        """Back to the frame that `reset` began from."""
         frame, true = self.first
         if true:
             true[0].restore(true[1])
@@ -318,9 +318,8 @@ def play_script(game, supply, args):
         print("left: the learned world; right: the true game from the same frame under the same keys")
     rows = []
     for k in range(game.K):
-        game.reset(*game.first) if not game.true else game.restart()
+        game.restart()
         rows.append(np.concatenate([game.frame] + [game.press(k) for _ in range(8)], 1))
-    from st_block import save_picture
     save_picture(args.run / "buttons.png", torch.from_numpy(np.concatenate(rows)), "the same frame, then eight frames of every button; a row each")
 
 

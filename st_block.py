@@ -291,7 +291,7 @@ def parser(doc, knobs):
     p.add_argument("--data", default="data/platformer", help="folder that data.py wrote (default: %(default)s)")
     p.add_argument("--run", help="folder for checkpoints, scores and pictures (default: runs/NAME OF THE DATA)")
     p.add_argument("--size", choices=SIZES, help="the one dial: sets every knob below (default: gpu with CUDA, else laptop)")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same machine: the same run (default: 0)")
+    p.add_argument("--seed", type=int, help="same seed, same machine: the same run (default: 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
@@ -305,8 +305,9 @@ def parser(doc, knobs):
     return p
 
 
-def settle(args):
-    """Fill what the user left open: device, size, run folder, every knob of that size. Starts torchrun's process group."""
+def settle(args, stage):
+    """Fill what the user left open: device, run folder, size, every knob of that size; when resuming, from the checkpoint.
+    Starts torchrun's process group."""
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -314,13 +315,20 @@ def settle(args):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
-    args.size = args.size or ("gpu" if args.device.type == "cuda" else "laptop")
-    args.chosen = {k for k in args.knobs if getattr(args, k) is not None}        # what the user asked for by name
-    for k, values in args.knobs.items():
-        if getattr(args, k) is None:
-            setattr(args, k, values[SIZES.index(args.size)])
     args.data = Path(args.data)
     args.run = Path(args.run or Path("runs") / args.data.name)
+    asked = {k: getattr(args, k) for k in [*args.knobs, "size", "seed"] if getattr(args, k) is not None}
+    if args.resume:                                  # a checkpoint carries its configuration: no flag need be repeated
+        path = args.run / f"{stage}.pt"
+        begun = read_checkpoint(path, stage)["knobs"]
+        for k, v in asked.items():
+            if k != "steps" and begun.get(k) != v:
+                stop(f"--{k} {v} was asked for, but {path} was begun with {begun.get(k)}; leave it out to resume")
+        asked = begun | asked
+    args.size = asked.get("size") or ("gpu" if args.device.type == "cuda" else "laptop")
+    args.seed = asked.get("seed", 0)
+    for k, values in args.knobs.items():
+        setattr(args, k, asked.get(k, values[SIZES.index(args.size)]))
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
@@ -450,11 +458,8 @@ class Run:
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
         if args.resume:
             ckpt = read_checkpoint(self.path, stage)
-            for k, v in ckpt["knobs"].items():
-                if k in args.chosen - {"steps"} and getattr(args, k) != v:
-                    stop(f"--{k} {getattr(args, k)} was asked for, but {self.path} was begun with {v}; leave it out to resume")
             if ckpt["config"] != config or ckpt["optimizer"] is None:
-                stop(f"{self.path} cannot be resumed with these settings; give the same --size and knobs as at its start")
+                stop(f"{self.path} cannot be resumed here (other data, or play-only weights); train afresh without --resume")
             for k in origin:
                 if ckpt["origin"].get(k) != origin[k]:
                     stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); train afresh")
@@ -510,6 +515,8 @@ class Run:
     def report(self, evaluate, **more):
         """Score the finished model; print the scores and write them to NAME.json beside the checkpoint."""
         args = self.args
+        if args.world > 1:
+            torch.distributed.destroy_process_group()
         if args.rank > 0:
             return
         with torch.compiler.set_stance("force_eager"):           # other shapes than in training: not worth compiling
@@ -521,7 +528,7 @@ class Run:
         write_json(args.run / f"{self.stage}.json", scores | about)
         for k, v in scores.items():
             print(f"{k:>24}  {v}")
-        print(f"{self.seconds / 60:.1f} minutes, {about['parameters'] / 1e6:.1f}M parameters; scores in {args.run}/{self.stage}.json")
+        print(f"{self.seconds / 60:.1f} minutes of training, {about['parameters'] / 1e6:.1f}M parameters; scores in {args.run}/{self.stage}.json")
 
 
 def save_picture(path, image, title):

@@ -324,3 +324,355 @@ def test_undo_restores_the_cache():
     world.cache.restore(before)
     torch.manual_seed(0)
     assert torch.equal(world.step(torch.tensor([1])), first)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+def test_built_in_game_is_deterministic_and_restores():
+    a, b = data.Platformer(7), data.Platformer(7)
+    rng = np.random.default_rng(0)
+    for action in rng.integers(0, 6, 80):
+        a.step(action), b.step(action)
+        assert np.array_equal(a.frame(), b.frame())
+    saved, moves = a.save(), rng.integers(0, 6, 40)
+    def future():
+        frames = []
+        for action in moves:
+            a.step(action)
+            frames.append(a.frame())
+        return np.stack(frames)
+    once = future()
+    a.restore(saved)
+    assert np.array_equal(once, future())
+    assert not np.array_equal(once[0], once[-1])
+
+
+def test_one_frame_does_not_show_the_momentum():
+    """Two moments with equal frames and other speeds, and the same button: other futures."""
+    game = data.Platformer(7)
+    fast = game.save()[:2] + (4, -8) + game.save()[4:]
+    still = game.save()
+    game.restore(still)
+    first = game.frame()
+    game.step(2)
+    a = game.frame()
+    game.restore(fast)
+    assert np.array_equal(game.frame(), first)
+    game.step(2)
+    assert not np.array_equal(game.frame(), a)
+
+
+def test_recorded_actions_and_counterfactuals_replay():
+    video, actions, same = data.play_episode(11, 60)
+    game = data.Platformer(11)
+    for t in range(59):
+        for button, outcome in enumerate(game.outcomes()):
+            game_frame_is_same = same[t, button]
+            state = game.save()
+            game.restore(outcome[1])
+            assert np.array_equal(game.frame(), video[t + 1]) == game_frame_is_same
+            game.restore(state)
+        game.step(actions[t])
+        assert np.array_equal(game.frame(), video[t + 1])
+    assert (~same).any(1).mean() > 0.95, "buttons must matter"
+
+
+@pytest.fixture(scope="session")
+def platformer(tmp_path_factory):
+    """A small data set of the built-in game, made by the command itself."""
+    folder = tmp_path_factory.mktemp("world")
+    subprocess.run([sys.executable, HERE / "data.py", "--episodes", "60", "--frames", "80"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_clips_never_cross_an_episode(platformer):
+    clips = data.Clips(platformer / "data/platformer", "train", 16)
+    episode = np.arange(len(clips.frames)) // 80
+    assert all(episode[s] == episode[s + 15] for s in clips.starts)
+    assert len(clips.starts) == 60 * (80 - 15), "and none that fits is left out"
+    torch.manual_seed(0)
+    starts = clips.draw(64)
+    assert np.allclose(clips.at(starts)[3, 5].numpy() * 255, clips.frames[starts[3] + 5])
+
+
+def test_validation_levels_are_never_trained_on(platformer):
+    seeds = [set(data.true_actions(platformer / "data/platformer", s)[2].tolist()) for s in ("train", "valid")]
+    assert not seeds[0] & seeds[1] and len(seeds[0]) == 60
+
+
+def test_psnr():
+    a = torch.zeros(2, 4, 4, 3)
+    b = torch.stack([torch.full((4, 4, 3), 0.1), a[0]])
+    assert torch.allclose(data.psnr(a, b), torch.tensor([20.0, 60.0]))           # capped at 60
+
+
+# ------------------------------------------------------------------------------------------------ the commands, as a user runs them
+
+def run(*command, cwd, **more):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, **more)
+
+
+def fails_with_one_sentence(result, *words):
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, last
+
+
+def write_video(path, frames=60, fps=20):
+    import imageio.v2 as imageio
+    rng = np.random.default_rng(0)
+    back = rng.integers(0, 255, (96, 400, 3), dtype=np.uint8)
+    imageio.mimwrite(path, [back[:, 3 * t:3 * t + 160] for t in range(frames)], fps=fps, macro_block_size=1)
+
+
+def test_own_videos(tmp_path):
+    """An mp4 at 20 frames/s becomes half as many frames, square; a broken one is named, skipped and counted."""
+    (tmp_path / "mine").mkdir()
+    write_video(tmp_path / "mine/good.mp4", 80)
+    (tmp_path / "mine/broken.mp4").write_bytes(b"this is no video")
+    result = run(HERE / "data.py", "--videos", "mine", "--name", "own", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "broken.mp4" in result.stderr and "1 skipped" in result.stdout
+    clips = data.Clips(tmp_path / "data/own", "train", 16)
+    held = data.Clips(tmp_path / "data/own", "valid", 16)
+    assert abs(len(clips.frames) + len(held.frames) - 40) <= 1 and clips.frames.shape[1:] == (64, 64, 3)
+    assert data.true_actions(tmp_path / "data/own", "train") is None
+
+
+def test_bad_data_is_one_sentence(tmp_path, platformer):
+    (tmp_path / "empty").mkdir()
+    fails_with_one_sentence(run(HERE / "data.py", "--videos", "empty", cwd=tmp_path), "no .mp4")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.mp4").write_bytes(b"nothing")
+    fails_with_one_sentence(run(HERE / "data.py", "--videos", "broken", cwd=tmp_path), "1 could not be used")
+    assert not list(tmp_path.glob("data/*")), "nothing half-written stays behind"
+    fails_with_one_sentence(run(HERE / "data.py", cwd=platformer), "already exists")
+    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", cwd=tmp_path), "data.py")
+    fails_with_one_sentence(run(HERE / "tokenizer.py", "--szie", "test", cwd=tmp_path), "unrecognized")
+    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--frames", "81", cwd=platformer), "no episode")
+
+
+def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    command = (HERE / "dynamics.py", "--size", "test", "--data", platformer / "data/platformer", "--run", runs)
+    fails_with_one_sentence(run(*command, cwd=tmp_path), "tokenizer.py")
+    (runs / "tokenizer.pt").write_bytes(b"PK\x03\x04 half a file")
+    fails_with_one_sentence(run(*command, cwd=tmp_path), "damaged")
+    torch.save(dict(stage="lam"), runs / "tokenizer.pt")
+    fails_with_one_sentence(run(*command, cwd=tmp_path), "lam.py", "tokenizer.py")
+    torch.save(dict(stage="tokenizer", config=dict(size=3), model={}), runs / "tokenizer.pt")
+    fails_with_one_sentence(run(*command, cwd=tmp_path), "does not fit")
+    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path / "nowhere", "--script", cwd=tmp_path), "does not exist")
+    if os.path.exists("/dev/full"):                             # a disk without space
+        with pytest.raises(SystemExit, match="cannot write"):
+            st.write_atomically(runs / "x.bin", lambda f: open("/dev/full", "wb", buffering=0).write(b"x"))
+        assert not list(runs.glob("x.bin*"))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+@pytest.mark.parametrize("stage", ["tokenizer", "lam", "dynamics"])
+def test_every_stage_overfits_one_batch(stage):
+    game = torch.from_numpy(np.stack([data.play_episode(s, 8)[0] for s in range(4)]))[:, :4, 16:48, :32].float() / 255
+    torch.manual_seed(0)
+    if stage == "tokenizer":
+        m = tok.Tokenizer(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=64, code_dim=8, beta=0.25)
+        loss = lambda: m(game)[1]["mse"] / game.var()
+        batch = lambda: m(game)[0]
+    elif stage == "lam":
+        m = lam_stage.LatentActionModel(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05)
+        loss = lambda: m(game)[1]["error"]
+        batch = lambda: m(game)[0]
+    else:
+        m = dyn.Dynamics(tokens=16, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add")
+        z, a = torch.randint(64, (4, 4, 16)), torch.randint(8, (4, 3))
+        loss = batch = lambda: m(z, a, "streams", 0.0)
+    optimizer = st.make_optimizer(m, 3e-3)
+    first = loss().item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        batch().backward()
+        optimizer.step()
+    assert loss().item() < 0.3 * first
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "lam"])
+def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
+    """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
+    def command(folder, *more):
+        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "40", "--batch", "4", "--data",
+                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more]
+    assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
+    process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "loss" not in seen and process.poll() is None:        # the progress bar shows the first loss: it trains
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130 and "--resume" in rest and "Traceback" not in rest
+    stopped = torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"]
+    assert 0 < stopped < 40
+    assert subprocess.run(command("parts", "--resume"), cwd=tmp_path, capture_output=True).returncode == 0
+    a, b = (torch.load(tmp_path / f / f"{stage}.pt", weights_only=True) for f in ("whole", "parts"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k])
+               for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("size", ["gpu", "coinrun"])
+@pytest.mark.parametrize("stage", [tok, lam_stage, dyn])
+def test_large_sizes_build(stage, size):
+    """On the meta device: the architecture and its parameter count, without the memory."""
+    knobs = {k: v[st.SIZES.index(size)] for k, v in stage.KNOBS.items()}
+    model = {k: knobs[k] for k in stage.MODEL}
+    with torch.device("meta"):
+        if stage is dyn:
+            m = dyn.Dynamics(tokens=256, codes=1024, buttons=8, code_dim=32, window=16, **model)
+        else:
+            m = stage.build(height=64, width=64, window=16, **model)
+    millions = sum(p.numel() for p in m.parameters()) / 1e6
+    assert 40 < millions < 200, millions
+
+
+def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypatch):
+    """While a stage trains, opening true_actions.npz is an error here; scoring afterwards may. And without it: same weights."""
+    folder, opened = platformer / "data/platformer", []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path, *rest, **more: opened.append(len(steps)) or load(path, *rest, **more))
+    steps, log = [], st.Run.log
+    monkeypatch.setattr(st.Run, "log", lambda self, step, loss, **watch: steps.append(step) or log(self, step, loss, **watch))
+    few = ["--size", "test", "--steps", "12", "--data", str(folder), "--run", str(tmp_path / "with")]
+    for stage in (tok, lam_stage, dyn):
+        steps.clear(), opened.clear()
+        stage.main(few)
+        assert len(steps) == 12 and all(n == 12 for n in opened), "true actions were opened before training ended"
+        assert bool(opened) == (stage is lam_stage), "only the LAM is scored against them"
+    blind = tmp_path / "blind/platformer"
+    blind.mkdir(parents=True)
+    for file in ("train.u8", "valid.u8", "meta.json"):
+        (blind / file).symlink_to(folder / file)
+    lam_stage.main(few[:-4] + ["--data", str(blind), "--run", str(tmp_path / "without")])
+    a, b = (torch.load(tmp_path / f / "lam.pt", weights_only=True)["model"] for f in ("with", "without"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "action_accuracy" not in json.loads((tmp_path / "without/lam.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------ a world in miniature
+
+@pytest.fixture(scope="session")
+def world(platformer):
+    """All stages at size test, by the commands of the README."""
+    for stage in ("tokenizer", "lam", "dynamics"):
+        result = run(HERE / f"{stage}.py", "--size", "test", cwd=platformer)
+        assert result.returncode == 0, result.stderr
+    return platformer
+
+
+def scores(world, stage):
+    return json.loads((world / f"runs/platformer/{stage}.json").read_text())
+
+
+def test_miniature_world_learned_something(world):
+    t, l, d = (scores(world, s) for s in ("tokenizer", "lam", "dynamics"))
+    assert t["psnr"] > t["copy_psnr"], "reconstruction must beat copying the last frame"
+    assert t["codes_in_use"] > 0.5
+    assert l["psnr"] > l["copy_psnr"] and l["lam_gain"] > 0.1, "inferred actions must beat shuffled ones"
+    assert l["codes_in_use"] >= 3
+    assert d["delta_psnr"] > 2 * d["delta_psnr_se"] > 0, "following the inferred actions must beat following random ones"
+
+
+def test_every_stage_writes_checkpoint_scores_and_picture(world):
+    for stage in ("tokenizer", "lam", "dynamics"):
+        for kind in ("pt", "json", "png"):
+            assert (world / f"runs/platformer/{stage}.{kind}").stat().st_size > 500
+        assert {"steps", "seconds", "device", "seed", "parameters"} <= scores(world, stage).keys()
+    assert scores(world, "dynamics")["tokenizer"] == scores(world, "tokenizer")["fingerprint"]
+
+
+def test_mismatched_stages_are_one_sentence(world, tmp_path):
+    """A dynamics model on another tokenizer than its own must not be played."""
+    for file in ("tokenizer.pt", "dynamics.pt", "lam.json"):
+        (tmp_path / file).write_bytes((world / "runs/platformer" / file).read_bytes())
+    ckpt = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    torch.save(ckpt | dict(fingerprint="other"), tmp_path / "tokenizer.pt")
+    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another tokenizer")
+
+
+def test_play_without_a_display_writes_its_files(world, tmp_path):
+    import imageio.v2 as imageio
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    result = run(HERE / "play.py", cwd=world, env=environment)
+    assert result.returncode == 0, result.stderr
+    film = imageio.mimread(world / "runs/platformer/play.gif", memtest=False)
+    assert len(film) >= 60, "rollouts go on past the 16 frames of training"
+    assert any(not np.array_equal(film[0], f) for f in film[1:])
+    assert imageio.imread(world / "runs/platformer/buttons.png").ndim == 3
+
+
+def test_shipped_world_plays(tmp_path):
+    """Nothing trained: play.py must run on the small world in assets/."""
+    result = run(HERE / "play.py", "--script", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs/platformer/play.gif").exists()
+    size = sum(f.stat().st_size for f in (HERE / "assets").glob("*.pt"))
+    assert size < 16e6
+
+
+def test_window_obeys_keys(world, monkeypatch):
+    """The keyboard loop on matplotlib's off-screen canvas: keys move the world, pause, undo, reset and record."""
+    import matplotlib
+    matplotlib.use("Agg", force=True)
+    from types import SimpleNamespace
+    monkeypatch.chdir(world)
+    args = SimpleNamespace(prompt=None, seed=0, data=Path("data/platformer"), run=world / "runs/platformer", fps=10)
+    game = play.Game(args.run, "cpu", steps=2)
+    window = play.Window(game, play.starts(args, game), args)
+    window.figure.canvas.draw()
+    key = lambda k: window.on_press(SimpleNamespace(key=k))
+    first = game.frame.copy()
+    key("g"), key("3")
+    for _ in range(3):
+        window.tick()
+    assert game.count == 3 and not np.array_equal(first, game.frame)
+    third = game.frame.copy()
+    window.tick()
+    key("u")
+    assert game.count == 3 and np.array_equal(game.frame, third) and window.paused
+    window.tick()
+    assert game.count == 3, "paused"
+    key("b")
+    assert game.count == 3 and np.array_equal(game.frame, third), "looking at every button moves nothing"
+    key("g")
+    assert list(args.run.glob("recording-*.gif"))
+    key("r")
+    assert game.count == 0 and np.array_equal(game.frame, first)
+    window.on_release(SimpleNamespace(key="3"))
+    time.sleep(0.1)
+    key("up"), key("right")
+    assert window.choice() == (game.keys[5], 5), "two arrows are one combination"
+
+
+# ------------------------------------------------------------------------------------------------ more than one process, compiled graphs
+
+def two_processes(rank, port, result):
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    m = small_tokenizer().eval()                                # eval: the codebook stays, gradients are compared
+    net = torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=False)
+    net(torch.rand(4, 3, 32, 32, 3)[2 * rank:2 * rank + 2])[1]["mse"].backward()
+    if rank == 0:
+        torch.save([p.grad for p in m.parameters()], result)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(two_processes, (29511, tmp_path / "grads.pt"), nprocs=2)
+    torch.manual_seed(0)
+    m = small_tokenizer()
+    m(torch.rand(4, 3, 32, 32, 3))[1]["mse"].backward()
+    for p, g in zip(m.parameters(), torch.load(tmp_path / "grads.pt")):
+        assert torch.allclose(p.grad, g, atol=1e-6)

@@ -21,7 +21,7 @@ from st_block import (Run, STTransformer, VectorQuantizer, autocast, compile_blo
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (150,   1800, 20000, 300000, "training steps"),
+    steps=      (250,    700, 20000, 300000, "training steps"),
     batch=      (  8,     16,    48,     48, "clips in a step"),
     frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
     patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
@@ -103,7 +103,7 @@ def evaluate(tokenizer, args, clips=64):
 
 
 def main(argv=None):
-    args = settle(parser(__doc__, KNOBS).parse_args(argv))
+    args = settle(parser(__doc__, KNOBS).parse_args(argv), "tokenizer")
     clips = Clips(args.data, "train", args.frames, args.device)
     height, width, _ = clips.meta["frame"]
     config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
