@@ -25,20 +25,21 @@ from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint,
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (200,    800, 30000, 200000, "training steps"),
-    batch=      (  8,     16,    36,     36, "clips in a step"),
-    frames=     (  8,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
+    steps=      (300,    900, 30000, 200000, "training steps"),
+    batch=      (  8,      8,    36,     36, "clips in a step"),
+    frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 48,    128,   768,    512, "width D"),
     layers=     (  2,      4,    12,     12, "ST blocks"),
     heads=      (  2,      2,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
     masking=    ("streams", "streams", "streams", "paper", "how clips are masked in training: streams, frames or paper"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
-    lr=         (3e-3,  1e-3,  1e-4,   3e-5, "peak learning rate"),
+    lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     maskgit=    (  4,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(1.0,    1.0,   1.0,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
+    scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("dim", "layers", "heads", "action")
 
@@ -209,16 +210,16 @@ def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=64):
 
 
 @torch.no_grad()
-def evaluate(dynamics, args, tokenizer, lam, clips=256):
+def evaluate(dynamics, args, tokenizer, lam):
     """Held-out levels: delta_psnr with its standard error. Writes the picture."""
     dynamics.eval()
     torch.manual_seed(0)
-    valid = Clips(args.data, "valid", args.frames, args.device)
-    x = valid.at(valid.spread(clips))
+    valid = Clips(args.data, "valid", 5, args.device)                    # the prompt and four frames
+    x = valid.at(valid.spread(args.scored))
     inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
     delta = inferred - random
-    scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / clips ** 0.5).item(), psnr_t4=inferred.mean().item(),
-                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=clips, **sampling_of(args))
+    scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
+                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), **sampling_of(args))
     long = Clips(args.data, "valid", 9, args.device)
     x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
     y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling_of(args)))

@@ -39,6 +39,7 @@ KNOBS = dict(
     blind=      ( 1.0,   1.0,   1.0,    0.0, "share of steps in which the decoder sees no frame but the last one"),
     lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
+    scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")
 
@@ -105,7 +106,7 @@ def actions_of(lam, clips, batch=16):
     return torch.cat([lam.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
 
 
-def score_actions(lam, args, T, clips=256):
+def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
@@ -118,7 +119,7 @@ def score_actions(lam, args, T, clips=256):
         if truth is None:
             return None
         data = Clips(args.data, split, T, args.device)
-        starts = data.spread(clips)
+        starts = data.spread(args.scored)
         a = actions_of(lam, data.at(starts)).cpu().numpy()               # (clips, T-1)
         at = starts[:, None] + np.arange(T - 1)
         true, same = truth[0][at], truth[1][at]                          # (clips, T-1), (clips, T-1, 6)
@@ -139,16 +140,16 @@ def score_actions(lam, args, T, clips=256):
 
 
 @torch.no_grad()
-def evaluate(lam, args, clips=128):
+def evaluate(lam, args):
     """Held-out levels: psnr of the next frame with inferred codes, shuffled codes, and the last frame copied."""
     lam.eval()
     T = lam.encoder.window
     valid = Clips(args.data, "valid", T, args.device)
-    x = valid.at(valid.spread(clips))
+    x = valid.at(valid.spread(args.scored))
     a = actions_of(lam, x)                                               # (clips, T-1)
     K = len(lam.vq.codebook)
     shuffled = a.flatten()[torch.randperm(a.numel(), generator=torch.Generator().manual_seed(0)).to(a.device)].view_as(a)
-    score = lambda a: psnr(torch.cat([lam.decode(x[i:i + 16, :-1], a[i:i + 16]) for i in range(0, clips, 16)]), x[:, 1:])
+    score = lambda a: psnr(torch.cat([lam.decode(x[i:i + 16, :-1], a[i:i + 16]) for i in range(0, len(x), 16)]), x[:, 1:])
     share = torch.bincount(a.flatten(), minlength=K) / a.numel()
     scores = dict(psnr=score(a).mean().item(), psnr_shuffled=score(shuffled).mean().item(),
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())

@@ -33,6 +33,7 @@ KNOBS = dict(
     beta=       (0.25,  0.25,  0.25,   0.25, "weight of the commitment loss"),
     lr=         (3e-3,  2e-3,  3e-4,   3e-4, "peak learning rate"),
     warmup=     ( 10,    100,  1000,  10000, "steps of linear warm-up"),
+    scored=     ( 32,     64,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")    # the knobs that a checkpoint must carry
 
@@ -87,15 +88,15 @@ def tokens_of(tokenizer, clips, batch=16):
 
 
 @torch.no_grad()
-def evaluate(tokenizer, args, clips=64):
+def evaluate(tokenizer, args):
     """Held-out levels: psnr beside copy_psnr, and how much of the codebook is in use. Writes the picture."""
     tokenizer.eval()
     valid = Clips(args.data, "valid", 16, args.device)
-    x = valid.at(valid.spread(clips))                                # (B, 16, H, W, C)
+    x = valid.at(valid.spread(args.scored))                          # (B, 16, H, W, C)
     z = tokens_of(tokenizer, x)
     y = torch.cat([tokenizer.decode(part) for part in z.split(16)])
     K = len(tokenizer.vq.codebook)
-    rows = [torch.cat(list(v[:8]), 1) for i in (0, clips // 3, 2 * clips // 3) for v in (x[i], y[i], (x[i] - y[i]).abs())]
+    rows = [torch.cat(list(v[:8]), 1) for i in range(0, len(x), -(-len(x) // 3)) for v in (x[i], y[i], (x[i] - y[i]).abs())]
     save_picture(args.run / "tokenizer.png", torch.cat(rows), "held-out frames, their reconstruction, the absolute error")
     return dict(psnr=psnr(x, y).mean().item(), psnr_frame_1=psnr(x, y)[:, 0].mean().item(),
                 copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
