@@ -280,18 +280,32 @@ def build_platformer(root, episodes, frames, seed, overwrite):
     build(root, overwrite, dict(source=f"platformer, seed {seed}"), fill)
 
 
+class Unreadable(Exception):
+    """A video that the decoder gives up on."""
+
+
+def read_video(file, size, fps):
+    """Yields the frames (size, size, 3) of a video: its middle square, scaled, resampled to `fps`."""
+    import imageio.v2 as imageio
+    crop = f"crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}:flags=area,fps={fps}"
+    try:
+        with imageio.get_reader(file, format="FFMPEG", size=(size, size), output_params=["-vf", crop]) as reader:
+            for frame in reader:
+                yield np.ascontiguousarray(frame[..., :3])
+    except Exception as e:                          # whatever ffmpeg says of a broken file; its last line is the reason
+        raise Unreadable((str(e).strip() or type(e).__name__).splitlines()[-1].rstrip(")")) from e
+
+
 def build_videos(root, videos, size, fps, shortest, overwrite):
     """Every .mp4 and .gif below a folder (or one file): cropped to a square, scaled to `size`, resampled to `fps`.
 
     The last tenth of each video is held out. A file that cannot be read is named, skipped and counted.
     """
-    import imageio.v2 as imageio
     if not videos.exists():
         stop(f"{videos} does not exist")
     files = [videos] if videos.is_file() else sorted(p for p in videos.rglob("*") if p.suffix.lower() in (".mp4", ".gif"))
     if not files:
         stop(f"no .mp4 or .gif in {videos}")
-    crop = f"crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}:flags=area,fps={fps}"
 
     def fill(folder):
         lengths, skipped = {"train": [], "valid": []}, 0
@@ -299,14 +313,11 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
             for file in tqdm(files, desc="reading videos", unit="video", dynamic_ncols=True):
                 count, start = 0, train.tell()
                 try:
-                    reader = imageio.get_reader(file, format="FFMPEG", size=(size, size), output_params=["-vf", crop])
-                    for frame in reader:
-                        train.write(np.ascontiguousarray(frame[..., :3]).tobytes())
+                    for frame in read_video(file, size, fps):
+                        train.write(frame.tobytes())
                         count += 1
-                except OSError:                     # a full disk is no fault of the video
-                    raise
-                except Exception as e:              # whatever the decoder says of a broken file
-                    tqdm.write(f"skipped {file}: {(str(e).strip() or type(e).__name__).splitlines()[-1]}", file=sys.stderr)
+                except Unreadable as e:             # what came before the damage is kept, if it is long enough
+                    tqdm.write(f"{'skipped' if count < shortest else f'used only {count} frames of'} {file}: {e}", file=sys.stderr)
                 if count < shortest:
                     if count:
                         tqdm.write(f"skipped {file}: {count} frames at {fps} frames/s, fewer than {shortest}", file=sys.stderr)

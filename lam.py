@@ -110,8 +110,9 @@ def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: the code in
-    which each button is purest. Returns (scores, table of counts code x button) or None.
+    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: the commonest
+    code of each button where it was decisive, that is, where no other would have led to that frame (in the air, a jump is
+    not). Returns (scores, table of counts code x button) or None.
     """
     K, table = len(lam.vq.codebook), None
     for split in ("train", "valid"):
@@ -127,7 +128,9 @@ def score_actions(lam, args, T):
         np.add.at(table, (a, true), 1)
         if split == "train":
             mapping = table.argmax(1)
-            keys = (table / table.sum(1, keepdims=True).clip(0.01 * table.sum())).argmax(0)
+            decisive = np.zeros_like(table)
+            np.add.at(decisive, (a, true), same.sum(-1) == 1)
+            keys = decisive.argmax(0)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()

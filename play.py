@@ -3,6 +3,7 @@
     python play.py                      # a window; the trained world of runs/platformer, or else the small one in assets/
     python play.py --script             # no window: plays a scripted sequence, writes play.gif and buttons.png
     python play.py --prompt photo.png   # begin from any picture
+    python play.py --score              # how controllable, in numbers
     python play.py --bench              # how fast, with and without the cache
     MPLBACKEND=WebAgg python play.py    # the same window in a browser, for a machine that is elsewhere
 
@@ -29,10 +30,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dynamics as dynamics_stage
+import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, Clips, Platformer, Policy
-from dynamics import World
-from st_block import load_model, memory, read_checkpoint, save_picture, stop, write_atomically
+from data import ACTIONS, Clips, Platformer, Policy, psnr
+from dynamics import World, delta_psnr
+from st_block import load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -51,7 +53,8 @@ class Game:
         self.device, self.K = device, len(self.dynamics.buttons)
         self.built_in = ckpt["origin"]["data"].startswith("platformer, ")
         scores = folder / "lam.json"                            # the code that stands for each of data.ACTIONS, if known
-        self.keys = json.loads(scores.read_text()).get("keys") if scores.exists() else None
+        scores = json.loads(scores.read_text()) if scores.exists() else {}
+        self.keys, self.mapping = scores.get("keys"), scores.get("mapping")         # ... and the button that each code means
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
 
@@ -323,6 +326,70 @@ def play_script(game, supply, args):
     save_picture(args.run / "buttons.png", torch.from_numpy(np.concatenate(rows)), "the same frame, then eight frames of every button; a row each")
 
 
+# ------------------------------------------------------------------------------------------------ the scores
+
+def direction(before, after, most=6):
+    """How the view moved between two frames (H, W, C): the shift in pixels, of -most..most, under which they agree best."""
+    W = before.shape[1]
+    def error(dx):
+        a, b = before[:, max(0, dx):W + min(0, dx)], after[:, max(0, -dx):W - max(0, dx)]
+        return np.square(a.astype(float) - b).mean()
+    return min(range(-most, most + 1), key=lambda dx: (error(dx), abs(dx)))
+
+
+def score_arrows(game, supply, prompts=20, presses=10):
+    """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left,
+    right, not at all) that the true game did. One button is held for a whole prompt, in turn."""
+    hits = []
+    for i in tqdm(range(prompts), desc="arrow keys", dynamic_ncols=True):
+        game.reset(*next(supply))
+        button = (1, 2, 4, 5, 0)[i % 5]
+        for _ in range(presses):
+            before, true = game.frame, game.true.frame() / 255.0
+            game.press(game.keys[button], button)
+            hits.append(np.sign(direction(before, game.frame)) == np.sign(direction(true, game.true.frame() / 255.0)))
+    return dict(arrow_keys=float(np.mean(hits)), arrow_presses=len(hits))
+
+
+@torch.no_grad()
+def score_counterfactual(game, supply, prompts=32):
+    """From one real frame, press each code; PSNR against the frame that the true game shows under the button that the code was
+    found to mean, beside the tokenizer's own reconstruction of that frame and the first frame kept."""
+    rows = []
+    for _ in tqdm(range(prompts), desc="every button", dynamic_ncols=True):
+        game.reset(*next(supply))
+        start, drawn, state = game.first[0], game.every_button(), game.true.save()
+        for k, button in enumerate(game.mapping):
+            game.true.step(button)
+            truth = torch.from_numpy(game.true.frame()).float() / 255
+            game.true.restore(state)
+            pair = torch.stack([start, truth])[None].to(game.device)                # the tokenizer may see what came before
+            again = game.tokenizer.decode(game.tokenizer.encode(pair))[0, 1].cpu()
+            rows.append([psnr(torch.from_numpy(drawn[k]), truth), psnr(again, truth), psnr(start, truth)])
+    model, tokenizer, copy = np.array(rows).mean(0)
+    return dict(counterfactual_psnr=float(model), counterfactual_psnr_tokenizer=float(tokenizer), counterfactual_copy_psnr=float(copy))
+
+
+def score(game, supply, args):
+    """Everything that can be measured without a person; one table, and scores.json."""
+    lam, _ = load_model(args.folder / "lam.pt", lam_stage.build, "lam", game.device)
+    sampling = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
+    result = dict(sampling, seed=args.seed)
+    for frames, clips in ((16, 256), (64, 64)):
+        data = Clips(args.data, "valid", frames + 1, game.device)
+        curve = delta_psnr(game.dynamics, game.tokenizer, lam, data.at(data.spread(clips)), frames, sampling)
+        for t in [t for t in (1, 4, 16, 64) if (t > 16) == (frames == 64)]:
+            a, b, copy = curve[:, :, t - 1]
+            result |= {f"delta_psnr_t{t}": (a - b).mean().item(), f"delta_psnr_t{t}_se": ((a - b).std() / clips ** 0.5).item(),
+                       f"psnr_t{t}": a.mean().item(), f"copy_psnr_t{t}": copy.mean().item()}
+        result[f"delta_psnr_curve_{frames}"] = [round(v, 3) for v in (curve[0] - curve[1]).mean(0).tolist()]
+    if game.built_in and game.keys:
+        result |= score_counterfactual(game, supply) | score_arrows(game, supply)
+    write_json(args.run / "scores.json", result)
+    for k, v in result.items():
+        print(f"{k:>32}  {round(v, 3) if isinstance(v, float) else v}")
+
+
 # ------------------------------------------------------------------------------------------------ speed
 
 @torch.no_grad()
@@ -390,22 +457,25 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
+    p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
     if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0:
         stop("--maskgit must be at least 1, --fps above 0, --temperature not negative")
-    folder = args.run = args.run or Path("runs") / args.data.name
-    if not (folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer"):
-        folder = ASSETS
+    args.folder = args.run = args.run or Path("runs") / args.data.name
+    if not (args.folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer"):
+        args.folder = ASSETS
         print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
     if args.export:
         return export(args)
     torch.manual_seed(args.seed)
-    game = Game(folder, args.device, steps=args.maskgit, temperature=args.temperature, order=args.order)
+    game = Game(args.folder, args.device, steps=args.maskgit, temperature=args.temperature, order=args.order)
     supply = starts(args, game)
     if args.bench:
         return bench(game, supply, args)
+    if args.score:
+        return score(game, supply, args)
     if not args.script:
         import matplotlib.pyplot as plt
         if plt.get_backend().lower() == "agg":                  # matplotlib found no display
