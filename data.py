@@ -33,11 +33,15 @@ TILE, VIEW, WIDTH = 8, 64, 160           # pixels along a tile, pixels along a f
 PLAYER_W, PLAYER_H, PLAYER_X = 6, 8, 24  # the camera keeps the player at this column: the world scrolls, the player stays
 RUN, ACCEL, JUMP, GRAVITY, FALL = 4, 2, 8, 2, 8     # pixels per frame, or per frame and frame
 
-LOOKS = (   # sky high, sky low, hills, turf, soil, soil shade, brick, mortar, pit, player, face
-    ("meadow", (104, 176, 236), (160, 212, 244), (120, 188, 150), (64, 160, 60), (150, 100, 56), (124, 80, 44), (200, 120, 64), (140, 76, 36), (40, 88, 200), (220, 48, 44), (255, 220, 180)),
-    ("desert", (244, 196, 120), (252, 224, 168), (226, 170, 104), (216, 160, 76), (196, 132, 64), (168, 108, 48), (150, 84, 60), (108, 56, 40), (120, 40, 30), (36, 100, 180), (255, 236, 210)),
-    ("night", (20, 24, 60), (40, 48, 96), (34, 56, 84), (70, 120, 120), (64, 68, 100), (48, 50, 78), (110, 96, 150), (70, 60, 110), (30, 140, 120), (240, 200, 60), (255, 244, 220)),
-    ("cave", (44, 36, 40), (60, 48, 50), (76, 60, 58), (130, 120, 116), (96, 84, 82), (72, 62, 62), (150, 110, 70), (100, 70, 44), (230, 96, 24), (90, 210, 120), (240, 255, 230)),
+LOOKS = (   # sky high and low, hills, turf, soil and its shade; brick, mortar, pit, player, face
+    ((104, 176, 236), (160, 212, 244), (120, 188, 150), (64, 160, 60), (150, 100, 56), (124, 80, 44),          # meadow
+     (200, 120, 64), (140, 76, 36), (40, 88, 200), (220, 48, 44), (255, 220, 180)),
+    ((244, 196, 120), (252, 224, 168), (226, 170, 104), (216, 160, 76), (196, 132, 64), (168, 108, 48),        # desert
+     (150, 84, 60), (108, 56, 40), (120, 40, 30), (36, 100, 180), (255, 236, 210)),
+    ((20, 24, 60), (40, 48, 96), (34, 56, 84), (70, 120, 120), (64, 68, 100), (48, 50, 78),                    # night
+     (110, 96, 150), (70, 60, 110), (30, 140, 120), (240, 200, 60), (255, 244, 220)),
+    ((44, 36, 40), (60, 48, 50), (76, 60, 58), (130, 120, 116), (96, 84, 82), (72, 62, 62),                    # cave
+     (150, 110, 70), (100, 70, 44), (230, 96, 24), (90, 210, 120), (240, 255, 230)),
 )
 SPRITES = [np.array([[int(c) for c in row] for row in rows.split()]) for rows in (      # 1 player, 2 face, 3 eye
     "011110 111111 112232 112222 011110 111111 011110 010010",
@@ -56,7 +60,7 @@ class Platformer:
         rng = np.random.default_rng(seed)
         palette = LOOKS[rng.integers(len(LOOKS)) if look is None else look]
         (self.sky_high, self.sky_low, self.hill, self.turf, self.soil, self.shade,
-         self.brick, self.mortar, self.pit, body, face) = palette[1:]
+         self.brick, self.mortar, self.pit, body, face) = palette
         self.ink = np.array([(0, 0, 0), body, face, (20, 20, 24)], np.uint8)
         self.build(rng)
         self.paint(rng)

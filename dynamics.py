@@ -251,6 +251,9 @@ def build(**config):
 
 def main(argv=None):
     args = settle(parser(__doc__, KNOBS).parse_args(argv), "dynamics")
+    for knob, choices in (("action", ("add", "prepend")), ("masking", ("streams", "frames", "paper")), ("order", ("random", "confidence"))):
+        if getattr(args, knob) not in choices:
+            stop(f"--{knob} {getattr(args, knob)} is none of {', '.join(choices)}")
     clips, tokenizer, lam = load_upstream(args)
     config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
                   code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import ACTIONS, Clips, psnr, true_actions
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, compile_blocks, fingerprint, make_optimizer, parallel,
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer, parallel,
                       parser, patchify, perplexity, settle, unpatchify, write_atomically)
 
 KNOBS = dict(
@@ -110,9 +110,9 @@ def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: the commonest
-    code of each button where it was decisive, that is, where no other would have led to that frame (in the air, a jump is
-    not). Returns (scores, table of counts code x button) or None.
+    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: the code in
+    which each button is purest, among transitions where it was decisive, that is, where no other would have led to that
+    frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
     """
     K, table = len(lam.vq.codebook), None
     for split in ("train", "valid"):
@@ -130,7 +130,7 @@ def score_actions(lam, args, T):
             mapping = table.argmax(1)
             decisive = np.zeros_like(table)
             np.add.at(decisive, (a, true), same.sum(-1) == 1)
-            keys = decisive.argmax(0)
+            keys = (decisive / decisive.sum(1, keepdims=True).clip(0.02 * decisive.sum())).argmax(0)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
@@ -199,6 +199,7 @@ def main(argv=None):
     args = settle(parser(__doc__, KNOBS).parse_args(argv), "lam")
     clips = Clips(args.data, "train", args.frames, args.device)
     height, width, _ = clips.meta["frame"]
+    check_patch(args.patch, height, width)
     config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)

