@@ -268,9 +268,9 @@ def main(argv=None):
 
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
+        with torch.no_grad():                                            # the stop-gradient of section 2.1; fp32, as in play
+            z, a = tokenizer.encode(x), lam.encode(x)                    # (B, T, N), (B, T-1)
         with autocast(args.device):
-            with torch.no_grad():                                        # the stop-gradient of section 2.1
-                z, a = tokenizer.encode(x), lam.encode(x)                # (B, T, N), (B, T-1)
             loss = net(z, a, args.masking, args.noise)
         optimizer.zero_grad()
         loss.backward()

@@ -239,11 +239,12 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z):
         """Indices (...) of the codes nearest to the normalised z (..., dim)."""
         e = self.codebook
-        return ((e * e).sum(-1) - 2 * z @ e.T).argmin(-1)                        # |z|^2 is the same for all codes
+        with torch.autocast(z.device.type, enabled=False):                       # in bf16 half of the tokens come out wrong
+            return ((e * e).sum(-1) - 2 * z.float() @ e.T).argmin(-1)            # |z|^2 is the same for all codes
 
     def forward(self, z):
         """z (..., dim) -> quantised (..., dim) with straight-through gradient, indices (...), commitment loss."""
-        with torch.autocast(z.device.type, enabled=False):                       # distances want full precision
+        with torch.autocast(z.device.type, enabled=False):
             z = self.norm(z.float())
             index = self.nearest(z.detach())
             if self.training:
