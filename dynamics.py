@@ -45,17 +45,23 @@ MODEL = ("dim", "layers", "heads", "action")
 
 
 class Dynamics(nn.Module):
-    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
+    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time.
 
-    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action):
+    A token enters as its vector in the tokenizer's codebook plus an embedding of its own, and is scored on the way out in the
+    same two ways: what holds for a code then holds at once for those that look like it.
+    """
+
+    def __init__(self, tokens, codes, code_dim, buttons, button_dim, window, dim, layers, heads, action):
         super().__init__()
         self.N, self.K, self.MASK, self.action = tokens, codes, codes, action
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
-        self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
-        self.embed_action = nn.Linear(code_dim, dim)
+        self.register_buffer("codes", torch.zeros(codes + 1, code_dim))  # the tokenizer's codebook, and zero for the mask
+        self.embed_code = nn.Linear(code_dim, dim)
+        self.register_buffer("buttons", torch.zeros(buttons, button_dim))  # the LAM's codebook: all that is left of the LAM
+        self.embed_action = nn.Linear(button_dim, dim)
         self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
-        self.head = nn.Linear(dim, codes)
-        nn.init.normal_(self.embed.weight, std=0.5)
+        self.head, self.head_code = nn.Linear(dim, codes), nn.Linear(dim, code_dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
 
     def actions(self, a):
         """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
@@ -63,12 +69,12 @@ class Dynamics(nn.Module):
 
     def logits(self, z, e, time=None, mask=None, cache=None):
         """z (B, T, N), e (B, T, D) from `actions` -> logits. time, mask, cache: see STTransformer."""
-        x = self.embed(z)                                                # (B, T, N, D)
+        x = self.embed(z) + self.embed_code(F.embedding(z, self.codes))  # (B, T, N, D)
         if self.action == "add":
             x = self.transformer(x + e.unsqueeze(2), time, mask, cache)
         else:
             x = self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
-        return self.head(x)
+        return self.head(x) + self.head_code(x) @ self.codes[:-1].T      # (B, T, N, K)
 
     def forward(self, z, a, masking, noise):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
@@ -255,10 +261,12 @@ def main(argv=None):
         if getattr(args, knob) not in choices:
             stop(f"--{knob} {getattr(args, knob)} is none of {', '.join(choices)}")
     clips, tokenizer, lam = load_upstream(args)
-    config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
-                  code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    (codes, code_dim), (buttons, button_dim) = tokenizer.vq.codebook.shape, lam.vq.codebook.shape
+    config = dict(tokens=tokenizer.tokens, codes=codes, code_dim=code_dim, buttons=buttons, button_dim=button_dim,
+                  window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
+    model.codes[:-1] = tokenizer.vq.codebook
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
@@ -270,7 +278,7 @@ def main(argv=None):
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with torch.no_grad():                                            # the stop-gradient of section 2.1; fp32, as in play
             z, a = tokenizer.encode(x), lam.encode(x)                    # (B, T, N), (B, T-1)
-        with autocast(args.device):
+        with autocast(args):
             loss = net(z, a, args.masking, args.noise)
         optimizer.zero_grad()
         loss.backward()

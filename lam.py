@@ -210,7 +210,7 @@ def main(argv=None):
 
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
-        with autocast(args.device):
+        with autocast(args):
             loss, watch = net(x, args.blind)
         optimizer.zero_grad()
         loss.backward()

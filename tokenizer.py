@@ -25,10 +25,10 @@ KNOBS = dict(
     batch=      (  8,     16,    48,     48, "clips in a step"),
     frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
     patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
-    dim=        ( 32,    128,   512,    512, "width D"),
+    dim=        ( 64,    128,   512,    512, "width D"),
     layers=     (  1,      3,     8,      8, "ST blocks of the encoder, and of the decoder"),
     heads=      (  2,      2,     8,      8, "attention heads"),
-    codes=      ( 64,   1024,  1024,   1024, "size of the codebook K"),
+    codes=      (256,   1024,  1024,   1024, "size of the codebook K"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a code"),
     beta=       (0.25,  0.25,  0.25,   0.25, "weight of the commitment loss"),
     lr=         (3e-3,  2e-3,  3e-4,   3e-4, "peak learning rate"),
@@ -118,7 +118,7 @@ def main(argv=None):
 
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                   # (B, T, H, W, C)
-        with autocast(args.device):
+        with autocast(args):
             loss, watch = net(x)
         optimizer.zero_grad()
         loss.backward()
