@@ -37,7 +37,7 @@ KNOBS = dict(
     lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     maskgit=    (  4,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
-    temperature=(1.0,    1.0,   1.0,    1.0, "temperature of the sampled tokens (for the scores)"),
+    temperature=(0.5,    0.5,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
@@ -45,23 +45,17 @@ MODEL = ("dim", "layers", "heads", "action")
 
 
 class Dynamics(nn.Module):
-    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time.
+    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    A token enters as its vector in the tokenizer's codebook plus an embedding of its own, and is scored on the way out in the
-    same two ways: what holds for a code then holds at once for those that look like it.
-    """
-
-    def __init__(self, tokens, codes, code_dim, buttons, button_dim, window, dim, layers, heads, action):
+    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action):
         super().__init__()
         self.N, self.K, self.MASK, self.action = tokens, codes, codes, action
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
-        self.register_buffer("codes", torch.zeros(codes + 1, code_dim))  # the tokenizer's codebook, and zero for the mask
-        self.embed_code = nn.Linear(code_dim, dim)
-        self.register_buffer("buttons", torch.zeros(buttons, button_dim))  # the LAM's codebook: all that is left of the LAM
-        self.embed_action = nn.Linear(button_dim, dim)
+        self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
+        self.embed_action = nn.Linear(code_dim, dim)
         self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
-        self.head, self.head_code = nn.Linear(dim, codes), nn.Linear(dim, code_dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        self.head = nn.Linear(dim, codes)
+        nn.init.normal_(self.embed.weight, std=0.5)
 
     def actions(self, a):
         """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
@@ -69,12 +63,12 @@ class Dynamics(nn.Module):
 
     def logits(self, z, e, time=None, mask=None, cache=None):
         """z (B, T, N), e (B, T, D) from `actions` -> logits. time, mask, cache: see STTransformer."""
-        x = self.embed(z) + self.embed_code(F.embedding(z, self.codes))  # (B, T, N, D)
+        x = self.embed(z)                                                # (B, T, N, D)
         if self.action == "add":
             x = self.transformer(x + e.unsqueeze(2), time, mask, cache)
         else:
             x = self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
-        return self.head(x) + self.head_code(x) @ self.codes[:-1].T      # (B, T, N, K)
+        return self.head(x)
 
     def forward(self, z, a, masking, noise):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
@@ -261,12 +255,10 @@ def main(argv=None):
         if getattr(args, knob) not in choices:
             stop(f"--{knob} {getattr(args, knob)} is none of {', '.join(choices)}")
     clips, tokenizer, lam = load_upstream(args)
-    (codes, code_dim), (buttons, button_dim) = tokenizer.vq.codebook.shape, lam.vq.codebook.shape
-    config = dict(tokens=tokenizer.tokens, codes=codes, code_dim=code_dim, buttons=buttons, button_dim=button_dim,
-                  window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
+                  code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
-    model.codes[:-1] = tokenizer.vq.codebook
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))

@@ -178,13 +178,13 @@ def picture(lam, path, x, a, known):
     for k, row in enumerate(axes):
         for ax in row:
             ax.set_xticks([]), ax.set_yticks([])
-        row[0].imshow(drawn[k].cpu())
+        row[0].imshow(drawn[k].cpu().numpy())
         row[0].set_ylabel(f"code {k + 1}", fontsize=9)
         if known:
             row[1].bar(range(len(ACTIONS)), known[1][k] / max(1, known[1][k].sum()))
             row[1].set_ylim(0, 1)
         for i, (clip, t) in enumerate((a == k).nonzero()[:: max(1, int((a == k).sum()) // shown)][:shown].tolist()):
-            row[2 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu())
+            row[2 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
     axes[0, 0].set_title("one frame, every code", fontsize=8)
     axes[0, 2].set_title("examples: frame t and frame t+1", fontsize=8)
     if known:

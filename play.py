@@ -626,7 +626,7 @@ def main(argv=None):
     p.add_argument("--run", type=Path, help="folder of the trained world (default: runs/NAME OF THE DATA, else assets/)")
     p.add_argument("--prompt", type=Path, help="begin from this picture")
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.7, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")

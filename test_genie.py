@@ -44,9 +44,8 @@ def small_lam(seed=0, window=4):
 
 def small_dynamics(action="add", seed=0, window=4):
     torch.manual_seed(seed)
-    m = dyn.Dynamics(tokens=16, codes=24, code_dim=8, buttons=8, button_dim=8, window=window, dim=16, layers=2, heads=2, action=action).eval()
+    m = dyn.Dynamics(tokens=16, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action).eval()
     m.buttons.copy_(torch.randn(8, 8))
-    m.codes[:-1] = torch.randn(24, 8)
     return m
 
 
@@ -500,7 +499,7 @@ def test_every_stage_overfits_one_batch(stage):
         loss = lambda: m(game)[1]["error"]
         batch = lambda: m(game)[0]
     else:
-        m = dyn.Dynamics(tokens=16, codes=64, code_dim=8, buttons=8, button_dim=8, window=4, dim=48, layers=2, heads=2, action="add")
+        m = dyn.Dynamics(tokens=16, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add")
         z, a = torch.randint(64, (4, 4, 16)), torch.randint(8, (4, 3))
         loss = batch = lambda: m(z, a, "streams", 0.0)
     optimizer = st.make_optimizer(m, 3e-3)
@@ -543,7 +542,7 @@ def test_large_sizes_build(stage, size):
     model = {k: knobs[k] for k in stage.MODEL}
     with torch.device("meta"):
         if stage is dyn:
-            m = dyn.Dynamics(tokens=256, codes=1024, code_dim=32, buttons=8, button_dim=32, window=16, **model)
+            m = dyn.Dynamics(tokens=256, codes=1024, buttons=8, code_dim=32, window=16, **model)
         else:
             m = stage.build(height=64, width=64, window=16, **model)
     millions = sum(p.numel() for p in m.parameters()) / 1e6
@@ -592,8 +591,9 @@ def test_miniature_world_learned_something(world):
     t, l, d = (scores(world, s) for s in ("tokenizer", "lam", "dynamics"))
     assert t["psnr"] > t["copy_psnr"], "reconstruction must beat copying the last frame"
     assert t["codes_in_use"] > 0.5
-    assert l["psnr"] > l["copy_psnr"] and l["lam_gain"] > 0.1, "inferred actions must beat shuffled ones"
+    assert l["lam_gain"] > 0.3, "inferred actions must beat shuffled ones"
     assert l["codes_in_use"] >= 3
+    assert l["action_accuracy"] > l["chance"] + 2 * l["action_accuracy_se"], "and mean something about the true ones"
     assert d["delta_psnr"] > 2 * d["delta_psnr_se"] > 0, "following the inferred actions must beat following random ones"
 
 

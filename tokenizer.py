@@ -21,7 +21,7 @@ from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (250,    700, 20000, 300000, "training steps"),
+    steps=      (350,    700, 20000, 300000, "training steps"),
     batch=      (  8,     16,    48,     48, "clips in a step"),
     frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
     patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
