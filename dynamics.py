@@ -25,10 +25,10 @@ from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint,
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (300,    900, 30000, 200000, "training steps"),
+    steps=      (500,    900, 30000, 200000, "training steps"),
     batch=      (  8,      8,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
-    dim=        ( 48,    128,   768,    512, "width D"),
+    dim=        ( 64,    128,   768,    512, "width D"),
     layers=     (  2,      4,    12,     12, "ST blocks"),
     heads=      (  2,      2,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
@@ -36,10 +36,10 @@ KNOBS = dict(
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
     lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
-    maskgit=    (  4,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
-    temperature=(0.5,    0.5,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
+    maskgit=    (  2,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
+    temperature=(0.0,    0.5,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
-    scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
+    scored=     (128,    256,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("dim", "layers", "heads", "action")
 

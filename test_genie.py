@@ -515,7 +515,7 @@ def test_every_stage_overfits_one_batch(stage):
 def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
     def command(folder, *more):
-        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "40", "--batch", "4", "--data",
+        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--data",
                 str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more]
     assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
     process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -526,7 +526,7 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     rest = process.communicate()[1]
     assert process.returncode == 130 and "--resume" in rest and "Traceback" not in rest
     stopped = torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"]
-    assert 0 < stopped < 40
+    assert 0 < stopped < 24
     assert subprocess.run(command("parts", "--resume"), cwd=tmp_path, capture_output=True).returncode == 0
     a, b = (torch.load(tmp_path / f / f"{stage}.pt", weights_only=True) for f in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
