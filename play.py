@@ -550,10 +550,10 @@ def score(game, supply, args):
     lam, _ = load_model(args.folder / "lam.pt", lam_stage.build, "lam", game.device)
     sampling = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
     result = dict(sampling, seed=args.seed)
-    for frames, clips in ((16, 256), (64, 64)):
+    for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
         data = Clips(args.data, "valid", frames + 1, game.device)
         curve = delta_psnr(game.dynamics, game.tokenizer, lam, data.at(data.spread(clips)), frames, sampling)
-        for t in [t for t in (1, 4, 16, 64) if (t > 16) == (frames == 64)]:
+        for t in at:
             a, b, copy = curve[:, :, t - 1]
             result |= {f"delta_psnr_t{t}": (a - b).mean().item(), f"delta_psnr_t{t}_se": ((a - b).std() / clips ** 0.5).item(),
                        f"psnr_t{t}": a.mean().item(), f"copy_psnr_t{t}": copy.mean().item()}
