@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import lam as lam_stage
 import tokenizer as tokenizer_stage
@@ -192,7 +193,7 @@ def sampling_of(args):
 # ------------------------------------------------------------------------------------------------ what it learned
 
 @torch.no_grad()
-def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=64):
+def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=32):
     """PSNR with inferred actions, with random ones, and of the first frame kept, at generated frames 1..frames.
 
     One real frame is the prompt (encoded by itself, as in play); x^ follows the actions inferred from the clip, x^' uniformly
@@ -200,7 +201,7 @@ def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=64):
     """
     generator = torch.Generator().manual_seed(0)
     result = []
-    for x in clips[:, :frames + 1].split(batch):
+    for x in tqdm(clips[:, :frames + 1].split(batch), desc=f"{frames} frames ahead", dynamic_ncols=True):
         a = lam.encode(x)                                                # (B, frames)
         b = torch.randint(len(dynamics.buttons), a.shape, generator=generator).to(a.device)
         z = tokenizer.encode(x[:, :1])
