@@ -206,7 +206,7 @@ class Platformer:
 class Policy:
     """Who plays: presses a fresh random button every other frame or so, drifts right more than left, hops over what is in
     the way. Nearly every button stays likely at every moment, so the next frame cannot be told from the past alone: only
-    then is there something for latent actions to explain (PEERS and the README's lab notes)."""
+    then is there something for latent actions to explain (see the README's lab notes)."""
 
     def __init__(self, rng):
         self.rng, self.mood, self.action, self.still = rng, 1, 0, 0

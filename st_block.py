@@ -211,7 +211,7 @@ class Cache:
 
     def restore(self, snapshot):
         for mine, kept in zip(self.tensors(), snapshot):
-            mine.copy_(kept.expand_as(mine))
+            mine.copy_(kept)
 
 
 # ------------------------------------------------------------------------------------------------ vector quantizer
@@ -229,16 +229,16 @@ class VectorQuantizer(nn.Module):
       would do nothing: the two would tie for ever.
     """
 
-    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05, normalize=True):
+    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05):
         super().__init__()
-        self.decay, self.dead, self.noise, self.normalize = decay, dead, noise, normalize
+        self.decay, self.dead, self.noise = decay, dead, noise
         start = F.rms_norm(torch.randn(codes, dim), (dim,))
         self.register_buffer("codebook", start.clone())                          # (K, dim)
         self.register_buffer("mean_sum", start.clone())                          # running sum of the vectors of a code
         self.register_buffer("mean_count", torch.zeros(codes))                   # running count of them, per batch
 
     def norm(self, z):
-        return F.rms_norm(z, (z.size(-1),)) if self.normalize else z
+        return F.rms_norm(z, (z.size(-1),))
 
     def nearest(self, z):
         """Indices (...) of the codes nearest to the normalised z (..., dim)."""
