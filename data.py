@@ -370,6 +370,7 @@ class Clips:
         if len(self.frames) != sum(lengths):
             stop(f"{root}/{split}.u8 holds {len(self.frames)} frames, meta.json says {sum(lengths)}; make it again with --overwrite")
         ends = np.cumsum(lengths)
+        self.episodes = [(e - n, e) for e, n in zip(ends, lengths) if n >= T]
         self.starts = np.concatenate([np.arange(e - n, e - T + 1) for e, n in zip(ends, lengths)])
         if len(self.starts) == 0:
             stop(f"no episode in {root}/{split}.u8 has the {T} frames that a clip needs")
@@ -396,6 +397,10 @@ class Clips:
 
     def sample(self, B):
         return self.at(self.draw(B))
+
+    def cover(self):
+        """The starts of clips that together hold every frame and transition, each again as seldom as can be."""
+        return np.concatenate([np.append(np.arange(first, end - self.T, self.T - 1), end - self.T) for first, end in self.episodes])
 
     def spread(self, n):
         """The starts of n clips spread evenly over the split: the same for every model that is scored."""

@@ -6,13 +6,18 @@ It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills i
 of them are given, when playing none at first, then more and more (MaskGIT, Chang et al. 2022).
 Action a_{t-1} leads from frame t-1 to frame t and is added to every token of frame t, where it is needed.
 
-Where it departs from the paper: how the past looks in training. The paper masks half of it or more (`--masking paper`), and
-plays with a clean past. Our default trains the way it plays, with two streams in one pass: a clean copy of the clip, and a
-masked copy whose frame t looks at frames 1..t-1 of the clean copy. Some clean tokens are replaced at random, so that the
-model learns to live with its own mistakes (GameNGen's remedy, in tokens).
+Where it departs from the paper (each measured in the README's lab notes):
+- a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus that of the token that was
+  in its place a frame ago (`--canvas last`). Most of the next frame is the last one, moved; from a blank canvas, the paper's,
+  the model has to learn first how to fetch it, and only then what a button does to it;
+- how the past looks in training. The paper masks half of it or more (`--masking paper`), and plays with a clean past. Our
+  default trains the way it plays, with two streams in one pass: a clean copy of the clip, and a masked copy whose frame t
+  looks at frames 1..t-1 of the clean copy. Some clean tokens are replaced at random, so that the model learns to live with
+  its own mistakes (GameNGen's remedy, in tokens).
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,45 +31,55 @@ from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint,
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,    900, 30000, 200000, "training steps"),
-    batch=      (  8,      8,    36,     36, "clips in a step"),
+    steps=      (500,   3000, 30000, 200000, "training steps"),
+    batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
     layers=     (  2,      4,    12,     12, "ST blocks"),
-    heads=      (  2,      2,    12,      8, "attention heads"),
+    heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
+    canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
     masking=    ("streams", "streams", "streams", "paper", "how clips are masked in training: streams, frames or paper"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
-    lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
+    lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     maskgit=    (  2,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
-    temperature=(0.0,    0.5,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
+    temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
     scored=     (128,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("dim", "layers", "heads", "action")
+MODEL = ("dim", "layers", "heads", "action", "canvas")
 
 
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action):
+    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
         super().__init__()
-        self.N, self.K, self.MASK, self.action = tokens, codes, codes, action
+        self.N, self.K, self.MASK, self.action, self.canvas = tokens, codes, codes, action, canvas
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
+        self.embed_last = nn.Embedding(codes + 1, dim)                   # here it stands for: no frame before this one
         self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
         self.embed_action = nn.Linear(code_dim, dim)
         self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
         self.head = nn.Linear(dim, codes)
         nn.init.normal_(self.embed.weight, std=0.5)
+        nn.init.normal_(self.embed_last.weight, std=0.5)
 
     def actions(self, a):
         """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
         return F.pad(self.embed_action(F.embedding(a, self.buttons)), (0, 0, 1, 0))
 
-    def logits(self, z, e, time=None, mask=None, cache=None):
-        """z (B, T, N), e (B, T, D) from `actions` -> logits. time, mask, cache: see STTransformer."""
+    def before(self, z):
+        """The frame before each frame of z (B, T, N); before the first there was none."""
+        return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
+
+    def logits(self, z, e, last=None, time=None, mask=None, cache=None):
+        """Frames z (B, T, N), actions e (B, T, D) from `actions`, the frames before them (B, T, N) if not as `before` has them
+        -> logits (B, T, N, K). time, mask, cache: see STTransformer."""
         x = self.embed(z)                                                # (B, T, N, D)
+        if self.canvas == "last":
+            x = x + self.embed_last(self.before(z) if last is None else last)
         if self.action == "add":
             x = self.transformer(x + e.unsqueeze(2), time, mask, cache)
         else:
@@ -86,13 +101,15 @@ class Dynamics(nn.Module):
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
         past = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
         past = torch.where(past, torch.randint(self.K, z.shape, device=z.device), z)
+        last = self.before(past)
         if masking == "streams":
             time, mask = two_streams(T, self.transformer.window, z.device)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
-            logits = self.logits(both, torch.cat([e, e[:, 1:]], 1), time, mask)[:, T:]
+            twice = lambda x: torch.cat([x, x[:, 1:]], 1)
+            logits = self.logits(both, twice(e), twice(last), time, mask)[:, T:]
             hidden, target = hidden[:, 1:], z[:, 1:]
         else:
-            logits, target = self.logits(past.masked_fill(hidden, self.MASK), e), z
+            logits, target = self.logits(past.masked_fill(hidden, self.MASK), e, last), z
         return F.cross_entropy(logits[hidden].float(), target[hidden])   # target: the tokens as they were before masking
 
 
@@ -146,12 +163,23 @@ class World:
 
     def show(self, z, e):
         """Put a finished frame z (B, 1, N) into the cache; e (B, 1, D) is the action that led to it."""
-        self.dynamics.logits(z, e, cache=self.cache)
+        self.dynamics.logits(z, e, self.last, cache=self.cache)
         self.cache.advance()
+        self.last = z
+
+    def snapshot(self):
+        """A copy to come back to (undo, "what would every other button do")."""
+        return self.last, self.cache.snapshot()
+
+    def restore(self, snapshot):
+        self.last = snapshot[0]
+        self.cache.restore(snapshot[1])
 
     @torch.no_grad()
     def prompt(self, z, a=None):
-        """Begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
+        """Forget everything; begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
+        self.cache.clear()
+        self.last = torch.full_like(z[:, :1], self.dynamics.MASK)
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         e = self.dynamics.actions(a)                                     # (B, T, D)
         for t in range(z.size(1)):
@@ -162,7 +190,7 @@ class World:
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d = self.dynamics
         e = d.actions(a[:, None])[:, 1:]                                 # (B, 1, D)
-        z = maskgit(lambda z: d.logits(z, e, cache=self.cache), self.B, d.N, d.MASK, self.steps, self.temperature, self.order,
+        z = maskgit(lambda z: d.logits(z, e, self.last, cache=self.cache), self.B, d.N, d.MASK, self.steps, self.temperature, self.order,
                     a.device, film)
         self.show(z, e)
         return z
@@ -246,15 +274,27 @@ def load_upstream(args):
     return data, *models
 
 
+@torch.no_grad()
+def encode(data, tokenizer, lam):
+    """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
+    so doing it in every step would only repeat it. Action f leads from frame f to f+1. In fp32, as in play."""
+    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
+    a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
+    for starts in tqdm(np.array_split(data.cover(), -(-len(data.cover()) // 16)), desc="frames to tokens", dynamic_ncols=True):
+        x = data.at(starts)                                              # (B, T, H, W, C)
+        index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
+        z[index], a[index[:, :-1]] = tokenizer.encode(x).short(), lam.encode(x).short()
+    return z, a
+
+
 def build(**config):
     return Dynamics(**config)
 
 
 def main(argv=None):
-    args = settle(parser(__doc__, KNOBS).parse_args(argv), "dynamics")
-    for knob, choices in (("action", ("add", "prepend")), ("masking", ("streams", "frames", "paper")), ("order", ("random", "confidence"))):
-        if getattr(args, knob) not in choices:
-            stop(f"--{knob} {getattr(args, knob)} is none of {', '.join(choices)}")
+    words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("streams", "frames", "paper"),
+                 order=("random", "confidence"))
+    args = settle(parser(__doc__, KNOBS, **words).parse_args(argv), "dynamics")
     clips, tokenizer, lam = load_upstream(args)
     config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
                   code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}
@@ -263,14 +303,13 @@ def main(argv=None):
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
-    for module in (model, tokenizer, lam):
-        compile_blocks(module, args)
+    tokens, actions = encode(clips, tokenizer, lam)
+    compile_blocks(model, args)
     net = parallel(model, args)
 
     for step in run.steps():
-        x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
-        with torch.no_grad():                                            # the stop-gradient of section 2.1; fp32, as in play
-            z, a = tokenizer.encode(x), lam.encode(x)                    # (B, T, N), (B, T-1)
+        index = clips.draw(args.batch // args.world)[:, None] + np.arange(args.frames)
+        z, a = tokens[index].long(), actions[index[:, :-1]].long()       # (B, T, N), (B, T-1)
         with autocast(args):
             loss = net(z, a, args.masking, args.noise)
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the encoder reads every pair of frames twice, as (x_t, x_{t+1}) and as (x_{t+1}, x_t), and the code quantises the
   difference of the two readings. What does not depend on the direction of time (the level, its colours) cancels; motion
   does not. Without this, codes named the colours of the level, or "something moved" without saying which way;
-- the decoder sees no frame but the last (`--blind 1`; 0 is the paper's). With the whole past it soon knows "still running
+- the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
   right" by itself, and a code comes to mean "as before" or "the other way", never "right";
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail.
@@ -36,18 +36,18 @@ KNOBS = dict(
     codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
-    blind=      ( 1.0,   1.0,   1.0,    0.0, "share of steps in which the decoder sees no frame but the last one"),
+    past=       (  1,      1,     1,     16, "frames that the decoder sees, the last ones before the one it draws"),
     lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")
+MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "past")
 
 
 class LatentActionModel(nn.Module):
     """Frames (B, T, H, W, C) -> one latent action per transition, (B, T-1) integers below `codes`."""
 
-    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta):
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, past):
         super().__init__()
         self.height, self.width, self.patch, self.beta = height, width, patch, beta
         tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
@@ -57,7 +57,7 @@ class LatentActionModel(nn.Module):
         self.vq = VectorQuantizer(codes, code_dim)
         self.embed_past = nn.Linear(pixels, dim)
         self.embed_action = nn.Linear(code_dim, dim)
-        self.decoder = STTransformer(tokens, dim, layers, heads, window)
+        self.decoder = STTransformer(tokens, dim, layers, heads, past)
         self.to_pixels = nn.Linear(dim, pixels)
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.zeros_(self.to_pixels.bias)
@@ -69,11 +69,11 @@ class LatentActionModel(nn.Module):
         h, r = self.encoder(self.embed(torch.cat([forth, back]))).chunk(2)                # 2 x (B, T-1, N, D)
         return self.to_code((h - r).mean(2))                             # over the tokens of a frame
 
-    def predict(self, x, e, mask=None):
+    def predict(self, x, e):
         """The next frames x_2..x_{T+1} from x_1..x_T (B, T, H, W, C) and action vectors e (B, T, code_dim)."""
         patches = patchify(2 * x - 1, self.patch)                        # (B, T, N, P*P*C)
         h = self.embed_past(patches) + self.embed_action(e).unsqueeze(2)  # additive actions (section 2.1)
-        change = self.to_pixels(self.decoder(h, mask=mask)).float()
+        change = self.to_pixels(self.decoder(h)).float()
         return x + unpatchify(change, self.patch, self.height, self.width)
 
     def encode(self, x):
@@ -84,14 +84,10 @@ class LatentActionModel(nn.Module):
         """Next frames for frames x (B, T, H, W, C) under actions a (B, T): (B, T, H, W, C) in [0, 1]."""
         return self.predict(x, F.embedding(a, self.vq.codebook)).clamp(0, 1)
 
-    def forward(self, x, blind=0.0):
+    def forward(self, x):
         """Loss of clips x, and what to watch."""
         e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
-        T = x.size(1) - 1
-        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        now = torch.eye(T, dtype=torch.bool, device=x.device)
-        mask = torch.where(torch.rand((), device=x.device) < blind, now, causal)
-        error = F.mse_loss(self.predict(x[:, :-1], e, mask), x[:, 1:])
+        error = F.mse_loss(self.predict(x[:, :-1], e), x[:, 1:])
         error = error / F.mse_loss(x[:, :-1], x[:, 1:])                  # 1: no better than copying the last frame
         return error + self.beta * commitment, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
 
@@ -211,7 +207,7 @@ def main(argv=None):
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):
-            loss, watch = net(x, args.blind)
+            loss, watch = net(x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -67,8 +67,7 @@ class Game:
     def reset(self, frame, true=None):
         """Begin from frame (H, W, C) in [0, 1]. true: a Platformer in that very state, to be played alongside."""
         self.first = (frame, true and (true, true.save()))
-        for cache in (self.world.cache, self.pictures):
-            cache.clear()
+        self.pictures.clear()
         z = self.tokenizer.encode(frame[None, None].to(self.device))                # (1, 1, N)
         self.world.prompt(z)
         self.frame, self.true = self.draw(z), true
@@ -90,7 +89,7 @@ class Game:
     @torch.no_grad()
     def press(self, code, button=None):
         """Advance one frame under latent action `code` (from 0); the true game, if any, under `button`."""
-        self.undo = self.undo[-31:] + [(self.world.cache.snapshot(), self.pictures.snapshot(), self.frame,
+        self.undo = self.undo[-31:] + [(self.world.snapshot(), self.pictures.snapshot(), self.frame,
                                         self.true and self.true.save())]
         self.frame = self.draw(self.world.step(torch.tensor([code], device=self.device)))
         if self.true and button is not None:
@@ -101,7 +100,7 @@ class Game:
     def take_back(self):
         if self.undo:
             past, drawn, self.frame, true = self.undo.pop()
-            self.world.cache.restore(past)
+            self.world.restore(past)
             self.pictures.restore(drawn)
             if self.true:
                 self.true.restore(true)
@@ -110,11 +109,11 @@ class Game:
     @torch.no_grad()
     def every_button(self):
         """The next frame under each code, from here, without moving on: (K, H, W, C)."""
-        past, drawn = self.world.cache.snapshot(), self.pictures.snapshot()
+        past, drawn = self.world.snapshot(), self.pictures.snapshot()
         frames = []
         for k in range(self.K):
             frames.append(self.draw(self.world.step(torch.tensor([k], device=self.device))))
-            self.world.cache.restore(past)
+            self.world.restore(past)
             self.pictures.restore(drawn)
         return np.stack(frames)
 

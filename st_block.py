@@ -206,7 +206,7 @@ class Cache:
         self.filled[:, 0] = True
 
     def snapshot(self):
-        """A copy to come back to (undo, "what would every other button do")."""
+        """A copy to come back to."""
         return [t.clone() for t in self.tensors()]
 
     def restore(self, snapshot):
@@ -287,10 +287,11 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
-def parser(doc, knobs):
+def parser(doc, knobs, **choices):
     """The flags that every stage has, and one flag for each knob.
 
     knobs: {name: (value at size test, laptop, gpu, coinrun, help text)}. `--size` picks a column, a flag overrides.
+    choices: for a knob that is a word, the words it may be.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data", default="data/platformer", help="folder that data.py wrote (default: %(default)s)")
@@ -304,7 +305,7 @@ def parser(doc, knobs):
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(),
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices.get(name), metavar=kind.__name__.upper(),
                            help=f"{text} ({' / '.join(map(str, values))})".replace("%", "%%"))
     p.set_defaults(knobs=knobs)
     return p

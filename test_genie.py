@@ -35,16 +35,17 @@ def small_tokenizer(seed=0, window=4):
     return tok.Tokenizer(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=24, code_dim=8, beta=0.25).eval()
 
 
-def small_lam(seed=0, window=4):
+def small_lam(seed=0, window=4, past=4):
     torch.manual_seed(seed)
-    m = lam_stage.LatentActionModel(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05).eval()
+    m = lam_stage.LatentActionModel(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05, past=past).eval()
     torch.nn.init.normal_(m.to_pixels.weight, std=0.1)          # it starts at zero: nothing would depend on anything
     return m
 
 
-def small_dynamics(action="add", seed=0, window=4):
+def small_dynamics(action="add", canvas="last", seed=0, window=4):
     torch.manual_seed(seed)
-    m = dyn.Dynamics(tokens=16, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action).eval()
+    m = dyn.Dynamics(tokens=16, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
+                     canvas=canvas).eval()
     m.buttons.copy_(torch.randn(8, 8))
     return m
 
@@ -166,9 +167,10 @@ def test_latent_action_sees_the_next_frame_and_none_after_it():
     assert difference[:2] == [False, False] and difference[2], "a_3 must depend on x_4, a_1 and a_2 must not"
 
 
+@pytest.mark.parametrize("past", [1, 4])
 @torch.no_grad()
-def test_lam_decoder_sees_the_next_frame_only_through_the_action():
-    m, x = small_lam(), torch.rand(1, 5, 32, 32, 3)
+def test_lam_decoder_sees_the_next_frame_only_through_the_action(past):
+    m, x = small_lam(past=past), torch.rand(1, 5, 32, 32, 3)
     y = x.clone()
     y[:, 4] = torch.rand(32, 32, 3)
     a = torch.randint(8, (1, 4))
@@ -176,6 +178,9 @@ def test_lam_decoder_sees_the_next_frame_only_through_the_action():
     b = a.clone()
     b[:, 3] = (a[:, 3] + 1) % 8
     assert changed(m.decode(x[:, :-1], a), m.decode(x[:, :-1], b), 1) == [False, False, False, True]
+    y = x.clone()
+    y[:, 1] = torch.rand(32, 32, 3)                                              # later frames may draw on it only if the decoder has a past
+    assert changed(m.decode(x[:, :-1], a), m.decode(y[:, :-1], a), 1) == [False, True, past > 1, past > 1]
 
 
 @torch.no_grad()
@@ -183,7 +188,7 @@ def test_lam_training_does_not_leak_the_target():
     """In the training loss: with the code frozen, the prediction of frame t must not move when frame t does."""
     m, seen = small_lam(), []
     predict = m.predict
-    m.predict = lambda x, e, mask=None: seen.append(x) or predict(x, e, mask)
+    m.predict = lambda x, e: seen.append(x) or predict(x, e)
     x = torch.rand(2, 5, 32, 32, 3)
     m(x)
     assert torch.equal(seen[0], x[:, :-1])
@@ -203,7 +208,7 @@ def test_action_reaches_the_frame_it_leads_to_and_not_before(action):
 def test_dynamics_is_causal():
     m, z, a = small_dynamics(), torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5))
     w = z.clone()
-    w[:, 3] = m.MASK
+    w[:, 3] = m.MASK                                                            # frame 5 is drawn over it, frame 3 is not
     assert changed(m.logits(z, m.actions(a)), m.logits(w, m.actions(a)), 1)[:4] == [False, False, False, True]
 
 
@@ -233,14 +238,16 @@ def test_targets_are_the_true_tokens_and_frame_one_is_never_masked(masking, monk
         assert share.min() > 0.35, "the paper masks at rates from 0.5 up"
 
 
+@pytest.mark.parametrize("canvas", ["last", "blank"])
 @torch.no_grad()
-def test_two_streams_train_exactly_what_playing_asks():
+def test_two_streams_train_exactly_what_playing_asks(canvas):
     """The masked stream's logits of frame t equal those of playing it: clean frames 1..t-1, then the masked frame t."""
-    m = small_dynamics(window=4)
+    m = small_dynamics(canvas=canvas, window=4)
     z, a = torch.randint(24, (2, 7, 16)), torch.randint(8, (2, 6))
     masked, e = z.masked_fill(torch.rand(z.shape) < 0.6, m.MASK), m.actions(a)
     time, mask = dyn.two_streams(7, 4, z.device)
-    both = m.logits(torch.cat([z, masked[:, 1:]], 1), torch.cat([e, e[:, 1:]], 1), time, mask)[:, 7:]
+    last = m.before(z)
+    both = m.logits(torch.cat([z, masked[:, 1:]], 1), torch.cat([e, e[:, 1:]], 1), torch.cat([last, last[:, 1:]], 1), time, mask)[:, 7:]
     for t in range(1, 7):
         play_it = m.logits(torch.cat([z[:, :t], masked[:, t:t + 1]], 1), e[:, :t + 1])[:, -1]
         assert torch.allclose(both[:, t - 1], play_it, atol=1e-4)
@@ -308,10 +315,10 @@ def test_confidence_commits_the_likeliest_first():
     assert first > 45
 
 
-@pytest.mark.parametrize("action", ["add", "prepend"])
-def test_cached_sampling_equals_full_recomputation(action):
+@pytest.mark.parametrize("action, canvas", [("add", "last"), ("add", "blank"), ("prepend", "last")])
+def test_cached_sampling_equals_full_recomputation(action, canvas):
     """Same seed, same tokens, well past the window; and pixels decoded one by one equal those decoded together."""
-    m, z, a = small_dynamics(action, window=4), torch.randint(24, (2, 2, 16)), torch.randint(8, (2, 10))
+    m, z, a = small_dynamics(action, canvas, window=4), torch.randint(24, (2, 2, 16)), torch.randint(8, (2, 10))
     torch.manual_seed(0)
     fast = dyn.rollout(m, z, a, steps=3)
     torch.manual_seed(0)
@@ -329,11 +336,11 @@ def test_undo_restores_the_cache():
     m = small_dynamics()
     world = dyn.World(m, steps=2)
     world.prompt(torch.randint(24, (1, 3, 16)), torch.randint(8, (1, 2)))
-    before = world.cache.snapshot()
+    before = world.snapshot()
     torch.manual_seed(0)
     first = world.step(torch.tensor([1]))
     world.step(torch.tensor([5]))
-    world.cache.restore(before)
+    world.restore(before)
     torch.manual_seed(0)
     assert torch.equal(world.step(torch.tensor([1])), first)
 
@@ -405,6 +412,20 @@ def test_clips_never_cross_an_episode(platformer):
     torch.manual_seed(0)
     starts = clips.draw(64)
     assert np.allclose(clips.at(starts)[3, 5].numpy() * 255, clips.frames[starts[3] + 5])
+
+
+def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer):
+    """Every frame and every transition of every episode gets its token and action, none that leads into another episode."""
+    clips = data.Clips(platformer / "data/platformer", "valid", 4)
+    t, m = small_tokenizer(), small_lam()
+    t.encode = lambda x: (255 * x.mean((2, 3, 4), keepdim=True)[..., 0, 0]).expand(-1, -1, t.tokens).round()      # (B, T, N)
+    m.encode = lambda x: (255 * (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4))).round()                             # (B, T-1)
+    z, a = dyn.encode(clips, t, m)
+    x = torch.from_numpy(np.array(clips.frames)).float()
+    assert torch.equal(z[:, 0].float(), x.mean((1, 2, 3)).round())
+    move = (x[1:] - x[:-1]).abs().mean((1, 2, 3)).round()
+    move[79::80] = 0
+    assert (a[:-1] - move).abs().max() <= 1 and move.max() > 5
 
 
 def test_validation_levels_are_never_trained_on(platformer):
@@ -495,11 +516,11 @@ def test_every_stage_overfits_one_batch(stage):
         loss = lambda: m(game)[1]["mse"] / game.var()
         batch = lambda: m(game)[0]
     elif stage == "lam":
-        m = lam_stage.LatentActionModel(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05)
+        m = lam_stage.LatentActionModel(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05, past=1)
         loss = lambda: m(game)[1]["error"]
         batch = lambda: m(game)[0]
     else:
-        m = dyn.Dynamics(tokens=16, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add")
+        m = dyn.Dynamics(tokens=16, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last")
         z, a = torch.randint(64, (4, 4, 16)), torch.randint(8, (4, 3))
         loss = batch = lambda: m(z, a, "streams", 0.0)
     optimizer = st.make_optimizer(m, 3e-3)
