@@ -58,13 +58,14 @@ class Dynamics(nn.Module):
         super().__init__()
         self.N, self.K, self.MASK, self.action, self.canvas = tokens, codes, codes, action, canvas
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
-        self.embed_last = nn.Embedding(codes + 1, dim)                   # here it stands for: no frame before this one
+        if canvas == "last":
+            self.embed_last = nn.Embedding(codes + 1, dim)               # here the last one stands for: no frame before this
+            nn.init.normal_(self.embed_last.weight, std=0.5)
         self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
         self.embed_action = nn.Linear(code_dim, dim)
         self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
         self.head = nn.Linear(dim, codes)
         nn.init.normal_(self.embed.weight, std=0.5)
-        nn.init.normal_(self.embed_last.weight, std=0.5)
 
     def actions(self, a):
         """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
@@ -168,7 +169,7 @@ class World:
         self.last = z
 
     def snapshot(self):
-        """A copy to come back to (undo, "what would every other button do")."""
+        """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
         return self.last, self.cache.snapshot()
 
     def restore(self, snapshot):

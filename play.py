@@ -39,7 +39,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, psnr
 from dynamics import World, delta_psnr, rollout
-from st_block import load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
+from st_block import compile_blocks, load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -50,7 +50,8 @@ ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the bu
 class Game:
     """A learned world in play: press a code, get a frame. For the built-in game the true one may run beside it."""
 
-    def __init__(self, folder, device, **sampling):
+    def __init__(self, folder, args, **sampling):
+        device = args.device
         self.tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
         self.dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
         if made["origin"]["tokenizer"] != ckpt["fingerprint"]:
@@ -62,6 +63,8 @@ class Game:
         self.keys, self.mapping = scores.get("keys"), scores.get("mapping")         # ... and the button that each code means
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
+        for module in (self.dynamics, self.tokenizer.decoder):
+            compile_blocks(module, args)
 
     @torch.no_grad()
     def reset(self, frame, true=None):
@@ -567,41 +570,38 @@ def score(game, supply, args):
 
 # ------------------------------------------------------------------------------------------------ speed
 
+def seconds(call, n):
+    """The median time that a call takes, of n, after one to warm up."""
+    took = []
+    for _ in range(n + 1):
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+    return sorted(took[1:])[n // 2]
+
+
 @torch.no_grad()
 def bench(game, supply, args):
-    """Frames/s with the cache (dynamics and decoder) and without (both recompute a window of 16 frames). JSON lines."""
+    """Frames/s, decoding included: with the cache, and without it, where every MaskGIT step and the decoder compute the whole window
+    of frames anew. Then the cost of a frame as the session grows. One JSON line a row."""
+    d = game.dynamics
+    past = torch.randint(d.K, (1, d.transformer.window - 1, d.N), device=game.device)
+    codes = torch.zeros(1, past.size(1), dtype=torch.long, device=game.device)
+    about = dict(device=str(game.device), threads=torch.get_num_threads(), compile=args.compile)
     game.reset(*next(supply))
     for steps in (1, 4, 8, 25):
         game.world.steps = steps
-        took = []
-        for i in range(40):
-            began = time.perf_counter()
-            game.press(i % game.K)
-            took.append(time.perf_counter() - began)
-        fast = sorted(took)[20]
-        d, t = game.dynamics, game.tokenizer
-        z, e = torch.randint(d.K, (1, 16, d.N), device=game.device), d.actions(torch.zeros(1, 15, dtype=torch.long, device=game.device))
-        took = []
-        for _ in range(3):
-            began = time.perf_counter()
-            for _ in range(steps):
-                d.logits(z, e).sum().item()
-            t.decode(z).sum().item()
-            took.append(time.perf_counter() - began)
-        slow = sorted(took)[1]
+        sampling = dict(steps=steps, temperature=args.temperature, order=args.order)
+        fast = seconds(lambda: game.press(0), 40)
+        slow = seconds(lambda: game.tokenizer.decode(rollout(d, past, codes, cached=False, **sampling))[0, -1].cpu(), 9)
         print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
-                              ratio=round(slow / fast, 1), device=str(game.device), threads=torch.get_num_threads())))
+                              ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
     for upto in (20, 200, 2000):
-        while game.count < upto:
-            game.press(game.count % game.K)
-        took = []
-        for i in range(20):
-            began = time.perf_counter()
+        for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
             game.press(i % game.K)
-            took.append(time.perf_counter() - began)
-        print(json.dumps(dict(after_frames=upto, milliseconds_per_frame=round(1000 * sorted(took)[10], 2),
-                              memory_gb=round(memory(game.device), 3))))
+        print(json.dumps(dict(after_frames=upto, milliseconds_per_frame=round(1000 * seconds(lambda: game.press(0), 20), 2),
+                              memory_gb=round(memory(game.device), 3))), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -631,6 +631,7 @@ def main(argv=None):
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--compile", choices=("on", "off"), default="off", help="on: the first frame takes a minute, the others a fraction")
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
     p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")
@@ -645,7 +646,7 @@ def main(argv=None):
     if args.export:
         return export(args)
     torch.manual_seed(args.seed)
-    game = Game(args.folder, args.device, steps=args.maskgit, temperature=args.temperature, order=args.order)
+    game = Game(args.folder, args, steps=args.maskgit, temperature=args.temperature, order=args.order)
     supply = starts(args, game)
     if args.bench:
         return bench(game, supply, args)

@@ -197,21 +197,22 @@ class Cache:
         self.slot.copy_(self.now % self.window)
         self.filled[:, self.slot] = True
 
-    def tensors(self):
-        return [*self.k, *self.v, self.now, self.slot, self.filled]
-
     def clear(self):
         """Forget everything: the next frame is the first."""
         self.now.zero_(), self.slot.zero_(), self.filled.zero_()
         self.filled[:, 0] = True
 
     def snapshot(self):
-        """A copy to come back to."""
-        return [t.clone() for t in self.tensors()]
+        """What drawing the next frame will overwrite. (Indexing by a tensor copies.)"""
+        return [t[:, :, self.slot] for t in self.k + self.v], [t.clone() for t in (self.now, self.slot, self.filled)]
 
     def restore(self, snapshot):
-        for mine, kept in zip(self.tensors(), snapshot):
-            mine.copy_(kept)
+        """Take back the frame drawn since `snapshot`; of several frames, the newest first."""
+        kept, state = snapshot
+        for mine, t in zip((self.now, self.slot, self.filled), state):
+            mine.copy_(t)
+        for mine, t in zip(self.k + self.v, kept):
+            mine.index_copy_(2, self.slot, t)
 
 
 # ------------------------------------------------------------------------------------------------ vector quantizer
