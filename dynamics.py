@@ -156,45 +156,53 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
 
 
 class World:
-    """A dynamics model being played: B worlds side by side, one frame at a time, in constant time and memory."""
+    """A dynamics model being played: B worlds side by side, one frame at a time, in constant time and memory.
+
+    The newest frame is not in the cache yet: it joins it in the first MaskGIT pass of the frame that follows, so that a frame
+    costs as many passes as it has MaskGIT steps, and no more.
+    """
 
     def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
         self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
         self.cache = dynamics.transformer.new_cache(B)
 
-    def show(self, z, e):
-        """Put a finished frame z (B, 1, N) into the cache; e (B, 1, D) is the action that led to it."""
-        self.dynamics.logits(z, e, self.last, cache=self.cache)
-        self.cache.advance()
-        self.last = z
-
-    def snapshot(self):
-        """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
-        return self.last, self.cache.snapshot()
-
-    def restore(self, snapshot):
-        self.last = snapshot[0]
-        self.cache.restore(snapshot[1])
-
     @torch.no_grad()
     def prompt(self, z, a=None):
         """Forget everything; begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
-        self.cache.clear()
-        self.last = torch.full_like(z[:, :1], self.dynamics.MASK)
+        d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
-        e = self.dynamics.actions(a)                                     # (B, T, D)
-        for t in range(z.size(1)):
-            self.show(z[:, t:t + 1], e[:, t:t + 1])
+        frames = list(zip(*(x.split(1, 1) for x in (z, d.actions(a), d.before(z)))))          # T x (z, e, last), each (B, 1, ...)
+        self.cache.clear()
+        for frame in frames[:-1]:
+            d.logits(*frame, cache=self.cache)
+            self.cache.advance()
+        self.newest = frames[-1]
 
     @torch.no_grad()
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
-        d = self.dynamics
-        e = d.actions(a[:, None])[:, 1:]                                 # (B, 1, D)
-        z = maskgit(lambda z: d.logits(z, e, self.last, cache=self.cache), self.B, d.N, d.MASK, self.steps, self.temperature, self.order,
-                    a.device, film)
-        self.show(z, e)
+        d, newest = self.dynamics, self.newest
+        e, last = d.actions(a[:, None])[:, 1:], newest[0]                # (B, 1, D), (B, 1, N)
+
+        def predict(z):
+            if self.newest is None:
+                return d.logits(z, e, last, cache=self.cache)
+            self.newest = None
+            logits = d.logits(*(torch.cat(pair, 1) for pair in zip(newest, (z, e, last))), cache=self.cache)
+            self.cache.advance()
+            return logits[:, 1:]                                         # (B, 1, N, K)
+
+        z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
+        self.newest = z, e, last
         return z
+
+    def snapshot(self):
+        """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
+        return self.newest, self.cache.snapshot()
+
+    def restore(self, snapshot):
+        self.newest = snapshot[0]
+        self.cache.restore(snapshot[1])
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@
     arrow keys    left, right, up to jump (built-in game)           n      another starting frame
     space         pause                                             u      take back a step
     b             what would every button do now?                   g      start / stop recording a GIF
-    q             quit
+    s             sketch: draw on the frame with the mouse (right   q      quit
+                  button: take the colour there), s again: play it
 
 What happens in a step (section 2.2): the code you pressed is looked up in the LAM's codebook, MaskGIT fills in the tokens of
 the next frame, the tokenizer's decoder turns them into pixels. Tokens are never encoded again from pixels; both transformers
@@ -167,6 +168,7 @@ class Window:
         import matplotlib.pyplot as plt
         self.game, self.supply, self.args, self.plt = game, supply, args, plt
         self.held, self.released, self.paused, self.film, self.times = {}, {}, False, None, []
+        self.sketch, self.ink = None, np.ones(3, np.float32)
         game.reset(*next(supply))
         two = game.true is not None
         for name in [k for k in plt.rcParams if k.startswith("keymap.")]:
@@ -184,6 +186,8 @@ class Window:
         connect = self.figure.canvas.mpl_connect
         connect("key_press_event", self.on_press)
         connect("key_release_event", self.on_release)
+        connect("button_press_event", self.on_mouse)
+        connect("motion_notify_event", self.on_mouse)
         connect("draw_event", self.on_draw)
 
     def image(self, cell, frame, title, size=10):
@@ -216,6 +220,12 @@ class Window:
                 image.set_data(frame)
         elif key == "g":
             self.record()
+        elif key == "s":
+            if self.sketch is None:
+                self.sketch = game.frame.copy()
+            else:
+                game.reset(torch.from_numpy(self.sketch))
+                self.sketch = None
         elif key == "q":
             self.plt.close(self.figure)
             return
@@ -223,6 +233,15 @@ class Window:
 
     def on_release(self, event):
         self.released[event.key] = time.time()                  # a key that repeats is released and pressed again at once
+
+    def on_mouse(self, event):
+        if self.sketch is not None and event.inaxes is self.view.axes and event.button:
+            row, col = round(event.ydata), round(event.xdata)
+            if event.button == 1:
+                self.sketch[max(0, row - 1):row + 2, max(0, col - 1):col + 2] = self.ink
+            else:
+                self.ink = self.sketch[row, col].copy()
+            self.show()
 
     def choice(self):
         """(code, true button or None) for the keys that are down, or None: nothing is pressed and no code means `none`."""
@@ -245,7 +264,7 @@ class Window:
 
     def tick(self):
         """One beat of the clock: advance the world under the keys that are down, and show it."""
-        choice = None if self.paused else self.choice()
+        choice = None if self.paused or self.sketch is not None else self.choice()
         if choice:
             self.game.press(*choice)
             self.times = self.times[-20:] + [time.time()]
@@ -255,14 +274,15 @@ class Window:
 
     def show(self, choice=None):
         game = self.game
-        self.view.set_data(game.frame)
+        self.view.set_data(game.frame if self.sketch is None else self.sketch)
         if self.beside:
             self.beside.set_data(game.true.frame() if game.true else game.frame * 0)
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
         self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   " + ("paused   " if self.paused else "")
                            + (f"code {self.label(choice[0])}   " if choice else "")
                            + ("recording   " if self.film is not None else "")
-                           + "arrows / 1-8  r reset  n new  u undo  b buttons  g record  q quit")
+                           + ("drawing: s when done   " if self.sketch is not None else "")
+                           + f"arrows / 1-{game.K}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
         canvas = self.figure.canvas
         if self.background is None or not canvas.supports_blit:
             canvas.draw_idle()

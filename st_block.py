@@ -98,9 +98,9 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if past is not None:                        # one new frame: its key and value join those of the frames before
+        if past is not None:                        # new frames: their keys and values join those of the frames before
             past_k, past_v, slot = past
-            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window, dh)
+            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window + 1, dh)
             v = past_v.index_copy_(2, slot, v.to(past_v.dtype))
         by_hand = q.device.type == "cpu" and torch.compiler.is_compiling()
         attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
@@ -148,11 +148,11 @@ class STTransformer(nn.Module):
     def forward(self, x, time=None, mask=None, cache=None):
         """x (B, T, N, D) -> the same. time (T,) and mask (T, T) default to 0..T-1 and causal within the window.
 
-        With a cache, x is ONE new frame (T = 1) that follows the frames already in it.
+        With a cache, x are the one or two frames that follow those already in it.
         """
         T, dh = x.size(1), x.size(-1) // self.heads
         if cache is not None:
-            time, mask = cache.now, cache.filled
+            time, mask = cache.enter(T)
         elif time is None:
             time = torch.arange(T, device=x.device)
         if mask is None:
@@ -173,46 +173,51 @@ class Cache:
     """The temporal keys and values of the last `window` frames, layer by layer: what makes playing cheap.
 
     Spatial attention never leaves a frame and temporal attention never looks ahead, so a new frame changes nothing about
-    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod window, the
-    oldest is overwritten, nothing grows. A forward pass writes the slot of the frame being drawn, again at every MaskGIT
-    step; `advance` moves on once its tokens are final. Rotary time is relative, so nothing kept has to be turned again.
+    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod (window + 1),
+    the oldest is overwritten, nothing grows. One slot more than the window, so that two frames can pass at once: the last
+    one, now final, and a first draft of the next. A forward pass writes the slots of its frames, again at every MaskGIT
+    step; `advance` moves on when a frame is final. Rotary time is relative, so nothing kept has to be turned again.
     The result is exactly that of the whole past under the windowed mask of STTransformer, at any length (a test).
     """
 
     def __init__(self, layers, rows, heads, window, dh, device):
-        self.k = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
+        self.k = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
         self.window = window
-        self.now = torch.zeros(1, dtype=torch.long, device=device)               # time of the frame being drawn
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.filled = torch.zeros(1, window, dtype=torch.bool, device=device)    # which slots may be looked at
-        self.filled[:, 0] = True
+        self.now = torch.zeros(1, dtype=torch.long, device=device)               # time of the first frame that is not final
+        self.times = torch.full((window + 1,), -window, device=device)           # of the frame in each slot; none as yet
+
+    def enter(self, T):
+        """T frames come in: their times (T,), and which slots each may look at (T, window + 1)."""
+        time = self.now + torch.arange(T, device=self.now.device)
+        self.slot = time % (self.window + 1)
+        self.times.index_copy_(0, self.slot, time)
+        back = time[:, None] - self.times
+        return time, (back >= 0) & (back < self.window)
 
     def layer(self, i):
         return self.k[i], self.v[i], self.slot
 
     def advance(self):
-        """The frame in the current slot is final: the next forward pass draws the one after it."""
+        """The first of the frames that came in last is final: the next forward pass begins with the one after it."""
         self.now += 1
-        self.slot.copy_(self.now % self.window)
-        self.filled[:, self.slot] = True
 
     def clear(self):
         """Forget everything: the next frame is the first."""
-        self.now.zero_(), self.slot.zero_(), self.filled.zero_()
-        self.filled[:, 0] = True
+        self.now.zero_(), self.times.fill_(-self.window)
 
     def snapshot(self):
         """What drawing the next frame will overwrite. (Indexing by a tensor copies.)"""
-        return [t[:, :, self.slot] for t in self.k + self.v], [t.clone() for t in (self.now, self.slot, self.filled)]
+        slots = (self.now + torch.arange(2, device=self.now.device)) % (self.window + 1)
+        return self.now.clone(), slots, self.times[slots], [t[:, :, slots] for t in self.k + self.v]
 
     def restore(self, snapshot):
         """Take back the frame drawn since `snapshot`; of several frames, the newest first."""
-        kept, state = snapshot
-        for mine, t in zip((self.now, self.slot, self.filled), state):
-            mine.copy_(t)
+        now, slots, times, kept = snapshot
+        self.now.copy_(now)
+        self.times.index_copy_(0, slots, times)
         for mine, t in zip(self.k + self.v, kept):
-            mine.index_copy_(2, self.slot, t)
+            mine.index_copy_(2, slots, t)
 
 
 # ------------------------------------------------------------------------------------------------ vector quantizer
