@@ -14,6 +14,7 @@ Genie's data were 16-frame clips at 10 frames/s of platformer videos (section 3)
 """
 import argparse
 import json
+import logging
 import math
 import os
 import shutil
@@ -291,6 +292,7 @@ class Unreadable(Exception):
 def read_video(file, size, fps):
     """Yields the frames (size, size, 3) of a video: its middle square, scaled, resampled to `fps`."""
     import imageio.v2 as imageio
+    logging.getLogger("imageio.plugins.ffmpeg").setLevel(logging.ERROR)          # it would warn that we scale the frames
     crop = f"crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}:flags=area,fps={fps}"
     try:
         with imageio.get_reader(file, format="FFMPEG", size=(size, size), output_params=["-vf", crop]) as reader:
