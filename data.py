@@ -246,6 +246,8 @@ def build(root, overwrite, source, fill):
     """Make the folder `root` as a whole or not at all. fill(folder) writes the .u8 files, returns {split: episode lengths}."""
     if root.exists() and not overwrite:
         stop(f"{root} already exists; choose another --name, or --overwrite it")
+    if root.exists() and not (root / "meta.json").exists():
+        stop(f"{root} is no data set, and will not be overwritten; choose another --name")
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -346,7 +348,7 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
         print(f"{len(files) - skipped} videos used, {skipped} skipped; frames: {sum(lengths['train'])} to train on, "
               f"{sum(lengths['valid'])} held out")
         return dict(frame=[size, size, 3], fps=fps, episodes=lengths)
-    build(root, overwrite, dict(source=f"videos in {videos}"), fill)
+    build(root, overwrite, dict(source=f"videos in {videos} at {size} pixels, {fps} frames/s"), fill)
 
 
 # ------------------------------------------------------------------------------------------------ reading it
@@ -360,17 +362,18 @@ class Clips:
 
     def __init__(self, root, split, T, device="cpu"):
         root, self.T, self.device = Path(root), T, torch.device(device)
+        again = f"make it again, as it was made, with: python data.py --name {root.name} --overwrite"
         try:
             self.meta = json.loads((root / "meta.json").read_text())
             shape, lengths = self.meta["frame"], self.meta["episodes"][split]
             frames = np.memmap(root / f"{split}.u8", np.uint8, "r")
             self.frames = frames.reshape(-1, *shape)                             # (F, H, W, C)
-        except FileNotFoundError:
+        except OSError:
             stop(f"{root} is no data set; make one with: python data.py" + (" --name " + root.name if root.name != "platformer" else ""))
         except (ValueError, KeyError) as e:
-            stop(f"{root} is damaged ({e}); make it again with: python data.py --overwrite")
+            stop(f"{root} is damaged ({e}); {again}")
         if len(self.frames) != sum(lengths):
-            stop(f"{root}/{split}.u8 holds {len(self.frames)} frames, meta.json says {sum(lengths)}; make it again with --overwrite")
+            stop(f"{root}/{split}.u8 holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {again}")
         ends = np.cumsum(lengths)
         self.episodes = [(e - n, e) for e, n in zip(ends, lengths) if n >= T]
         self.starts = np.concatenate([np.arange(e - n, e - T + 1) for e, n in zip(ends, lengths)])
@@ -447,7 +450,12 @@ def main(argv=None):
     p.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     p.add_argument("--show", action="store_true", help="only write a contact sheet of the data set, sheet.png beside it")
     args = p.parse_args(argv)
-    root = Path("data") / (args.name or (args.videos.stem if args.videos else "platformer"))
+    if min(args.seed, args.fps - 1, args.frame_size - 8) < 0:
+        stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")
+    name = args.name or (args.videos.resolve().stem if args.videos else "platformer")
+    if Path(name).name != name or name in ("", ".", ".."):
+        stop(f"--name {name!r} cannot be the name of a folder; choose a plain word")
+    root = Path("data") / name
     if not args.show:
         if args.videos:
             build_videos(root, args.videos, args.frame_size, args.fps, 16, args.overwrite)

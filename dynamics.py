@@ -96,7 +96,7 @@ class Dynamics(nn.Module):
         else:                                                            # one for each frame, by MaskGIT's cosine: often near 1
             rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=z.device))
         if masking == "frames":                                          # a clean past of random length
-            clean = torch.rand(B, 1, 1, device=z.device) * T
+            clean = torch.rand(B, 1, 1, device=z.device) * (T - 1)
             rate = rate * (torch.arange(T, device=z.device)[:, None] >= clean)
         hidden = torch.rand(B, T, N, device=z.device) < rate
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt

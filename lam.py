@@ -193,7 +193,7 @@ def picture(lam, path, x, a, known):
 
 def main(argv=None):
     args = settle(parser(__doc__, KNOBS).parse_args(argv), "lam")
-    clips = Clips(args.data, "train", args.frames, args.device)
+    clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
     config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}

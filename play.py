@@ -24,7 +24,6 @@ import importlib.util
 import io
 import json
 import pickle
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -40,7 +39,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, psnr
 from dynamics import World, delta_psnr, rollout
-from st_block import compile_blocks, load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
+from st_block import compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -55,12 +54,13 @@ class Game:
         device = args.device
         self.tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
         self.dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
-        if made["origin"]["tokenizer"] != ckpt["fingerprint"]:
-            stop(f"{folder}/dynamics.pt was trained on another tokenizer than {folder}/tokenizer.pt; train it again: python dynamics.py")
-        self.device, self.K = device, len(self.dynamics.buttons)
-        self.built_in = ckpt["origin"]["data"].startswith("platformer, ")
-        scores = folder / "lam.json"                            # the code that stands for each of data.ACTIONS, if known
-        scores = json.loads(scores.read_text()) if scores.exists() else {}
+        scores = read_scores(folder / "lam.json")
+        for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint", made["origin"]["lam"]))):
+            if made["origin"][stage] != found:
+                stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py")
+        self.device, self.K, self.origin = device, len(self.dynamics.buttons), made["origin"]
+        self.built_in = self.origin["data"].startswith("platformer, ")
+        # the code that stands for each of data.ACTIONS, if known ...
         self.keys, self.mapping = scores.get("keys"), scores.get("mapping")         # ... and the button that each code means
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
@@ -139,20 +139,34 @@ def starts(args, game):
             while not true.on_ground() or true.vx:              # stand still, so that one frame tells all
                 true.step(0)
             yield torch.from_numpy(true.frame()).float() / 255, true
+    same_data(args, game)
     clips = Clips(args.data, "valid", 1)
     while True:
         yield clips.at([rng.choice(clips.starts)])[0, 0], None
+
+
+def same_data(args, game):
+    """The data at hand must be what this world was trained on."""
+    name = Clips(args.data, "train", 1).name
+    if name != game.origin["data"]:
+        stop(f"{args.run} was trained on {game.origin['data']}, but {args.data} is {name}; name the right one with --data")
+
+
+def read_scores(path):
+    """A stage's NAME.json as a dictionary, empty if there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py")
 
 
 def read_image(path, H, W):
     """Any image file as a frame (H, W, 3) in [0, 1]: the middle square, averaged down."""
     import imageio.v3 as iio
     try:
-        image = torch.from_numpy(np.array(iio.imread(path))).float() / 255
+        image = torch.from_numpy(np.array(iio.imread(path, plugin="pillow", index=0, mode="RGB"))).float() / 255
     except Exception as e:                                      # every image plugin has exceptions of its own
         stop(f"cannot read the picture {path} ({str(e).splitlines()[0]})")
-    image = image.reshape(*image.shape[-3:]) if image.dim() > 2 else image[..., None]
-    image = image[..., :3].expand(-1, -1, 3)
     side = min(image.shape[:2])
     top, left = (image.size(0) - side) // 2, (image.size(1) - side) // 2
     square = image[top:top + side, left:left + side].permute(2, 0, 1)[None]
@@ -570,9 +584,15 @@ def score_fvd(game, lam, args, sampling, clips):
 def score(game, supply, args):
     """Everything that can be measured without a person; one table, and scores.json."""
     lam, _ = load_model(args.folder / "lam.pt", lam_stage.build, "lam", game.device)
+    same_data(args, game)
+    if fingerprint(lam) != game.origin["lam"]:
+        stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
     sampling = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
     result = dict(sampling, seed=args.seed)
     for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
+        if max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) <= frames:
+            print(f"no scores {frames} frames ahead: no held-out episode is as long", file=sys.stderr)
+            continue
         data = Clips(args.data, "valid", frames + 1, game.device)
         curve = delta_psnr(game.dynamics, game.tokenizer, lam, data.at(data.spread(clips)), frames, sampling)
         for t in at:
@@ -617,6 +637,7 @@ def bench(game, supply, args):
         print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
                               ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
+    game.restart()
     for upto in (20, 200, 2000):
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
             game.press(i % game.K)
@@ -636,7 +657,7 @@ def export(args):
         write_atomically(path, lambda f: torch.save(ckpt, f))
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     for stage in ("tokenizer", "lam", "dynamics"):
-        shutil.copy(args.run / f"{stage}.json", args.export)
+        write_json(args.export / f"{stage}.json", read_scores(args.run / f"{stage}.json"))
 
 
 def main(argv=None):
@@ -650,15 +671,18 @@ def main(argv=None):
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--compile", choices=("on", "off"), default="off", help="on: the first frame takes a minute, the others a fraction")
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
     p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0:
-        stop("--maskgit must be at least 1, --fps above 0, --temperature not negative")
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1:
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative")
+    args.device = find_device(args.device)
+    if args.score:
+        args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
     args.folder = args.run = args.run or Path("runs") / args.data.name
     if not (args.folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer"):
         args.folder = ASSETS
@@ -674,6 +698,8 @@ def main(argv=None):
         return score(game, supply, args)
     if not args.script:
         import matplotlib.pyplot as plt
+        if plt.get_backend().lower() == "webagg" and not importlib.util.find_spec("tornado"):
+            stop("the window in a browser needs the package tornado: pip install tornado")
         if plt.get_backend().lower() == "agg":                  # matplotlib found no display
             print("no display: playing a scripted sequence instead", file=sys.stderr)
             args.script = True

@@ -317,16 +317,20 @@ def parser(doc, knobs, **choices):
     return p
 
 
+def find_device(name):
+    """The torch.device of --device; without one, the GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+
+
 def settle(args, stage):
     """Fill what the user left open: device, run folder, size, every knob of that size; when resuming, from the checkpoint.
     Starts torchrun's process group."""
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        args.device = torch.device(args.device)
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        stop(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+    args.device = find_device(args.device)
     args.data = Path(args.data)
     args.run = Path(args.run or Path("runs") / args.data.name)
     asked = {k: getattr(args, k) for k in [*args.knobs, "size", "seed"] if getattr(args, k) is not None}
@@ -346,7 +350,11 @@ def settle(args, stage):
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
+    if stage != "tokenizer" and args.frames < 2:
+        stop("--frames 1 holds no transition; it must be at least 2")
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % args.world:
+        stop(f"--batch {args.batch} cannot be shared by {args.world} processes; make it a multiple")
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -453,11 +461,12 @@ def parallel(model, args):
 
 
 def memory(device):
-    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU."""
+    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU. None where nobody tells (Windows)."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource                                 # not on Windows, hence not at the top
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    with contextlib.suppress(ImportError):
+        import resource
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9), 3)
 
 
 class Run:
@@ -471,7 +480,7 @@ class Run:
         self.stage, self.args, self.model, self.optimizer = stage, args, model, optimizer
         self.config, self.origin = config, origin
         self.path = args.run / f"{stage}.pt"
-        self.first, self.seconds = 0, 0.0
+        self.first, self.seconds, self.replaced = 0, 0.0, args.resume
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
         if args.resume:
             ckpt = read_checkpoint(self.path, stage)
@@ -483,11 +492,17 @@ class Run:
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             self.first, self.seconds = ckpt["step"], ckpt["seconds"]
-        elif self.path.exists() and args.rank == 0:  # a new run begins: keep the last one, once
-            os.replace(self.path, self.path.with_suffix(".old.pt"))
+        elif args.rank == 0:                         # can it be written there? Ask now, not after an hour
+            write_atomically(args.run / "writable", lambda f: None)
+            (args.run / "writable").unlink()
 
     def save(self, step, **extra):
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
         if self.args.rank == 0:
+            if not self.replaced and self.path.exists():         # what an earlier run left is kept, once
+                os.replace(self.path, self.path.with_suffix(".old.pt"))
+            self.replaced = True
             seconds = self.seconds + time.time() - self.began
             ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), **extra)
@@ -540,7 +555,7 @@ class Run:
             scores = evaluate(self.model, args)
         about = dict(stage=self.stage, size=args.size, steps=args.steps, seconds=round(self.seconds, 1), device=str(args.device),
                      seed=args.seed, parameters=sum(p.numel() for p in self.model.parameters()),
-                     peak_memory_gb=round(memory(args.device), 2), torch=torch.__version__, **self.origin, **more, knobs=self.knobs)
+                     peak_memory_gb=memory(args.device), torch=torch.__version__, **self.origin, **more, knobs=self.knobs)
         scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in scores.items()}
         write_json(args.run / f"{self.stage}.json", scores | about)
         for k, v in scores.items():

@@ -256,13 +256,21 @@ def test_two_streams_train_exactly_what_playing_asks(canvas):
         assert torch.allclose(both[:, t - 1], play_it, atol=1e-4)
 
 
-def test_noise_replaces_past_tokens_but_never_targets(monkeypatch):
+@pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
+def test_noise_replaces_past_tokens_but_never_targets(masking, monkeypatch):
     m, z, a = small_dynamics(), torch.randint(24, (4, 6, 16)), torch.randint(8, (4, 5))
-    inputs, logits = [], m.logits
+    inputs, targets, logits, cross_entropy = [], [], m.logits, F.cross_entropy
     monkeypatch.setattr(m, "logits", lambda x, *rest: inputs.append(x) or logits(x, *rest))
-    m(z, a, "streams", noise=1.0)
-    assert (inputs[0][:, :6] != z).float().mean() > 0.1
-    assert ((inputs[0][:, 6:] == z[:, 1:]) | (inputs[0][:, 6:] == m.MASK)).all()
+    monkeypatch.setattr(F, "cross_entropy", lambda p, t: targets.append(t) or cross_entropy(p, t))
+    m(z, a, masking, noise=1.0)
+    x = inputs[0]
+    if masking == "streams":
+        assert (x[:, :6] != z).float().mean() > 0.1
+        x = torch.cat([z[:, :1], x[:, 6:]], 1)                                  # the masked stream: holes, and true tokens
+        assert ((x == z) | (x == m.MASK)).all()
+    else:
+        assert ((x != z) & (x != m.MASK)).float().mean() > 0.05
+    assert torch.equal(targets[0], z[x == m.MASK])
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -490,10 +498,16 @@ def test_bad_data_is_one_sentence(tmp_path, platformer):
     (tmp_path / "broken/a.mp4").write_bytes(b"nothing")
     fails_with_one_sentence(run(HERE / "data.py", "--videos", "broken", cwd=tmp_path), "1 could not be used")
     assert not list(tmp_path.glob("data/*")), "nothing half-written stays behind"
+    for name in ("..", ".", "a/b"):                             # data/.. is where the user's own files are
+        fails_with_one_sentence(run(HERE / "data.py", "--episodes", "1", "--frames", "20", "--name", name, cwd=tmp_path), "plain word")
+    (tmp_path / "data/own").mkdir(parents=True)
+    fails_with_one_sentence(run(HERE / "data.py", "--name", "own", "--overwrite", cwd=tmp_path), "is no data set")
     fails_with_one_sentence(run(HERE / "data.py", cwd=platformer), "already exists")
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", cwd=tmp_path), "data.py")
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--szie", "test", cwd=tmp_path), "unrecognized")
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--frames", "81", cwd=platformer), "no episode")
+    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--data", HERE / "data.py", cwd=tmp_path), "no data set")
+    fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--frames", "1", cwd=platformer), "at least 2")
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
@@ -512,6 +526,19 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
         with pytest.raises(SystemExit, match="cannot write"):
             st.write_atomically(runs / "x.bin", lambda f: open("/dev/full", "wb", buffering=0).write(b"x"))
         assert not list(runs.glob("x.bin*"))
+
+
+def test_weights_that_are_not_numbers_never_replace_a_checkpoint(tmp_path, platformer):
+    args = st.settle(st.parser("", tok.KNOBS).parse_args(["--size", "test", "--run", str(tmp_path)]), "tokenizer")
+    m = small_tokenizer()
+    run_ = st.Run("tokenizer", args, m, st.make_optimizer(m, 1e-3), {}, data="some")
+    next(run_.steps())
+    run_.save(1)
+    with torch.no_grad():
+        m.embed.weight[0, 0] = float("nan")
+    with pytest.raises(SystemExit, match="no longer finite"):
+        run_.save(2)
+    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -642,6 +669,27 @@ def test_mismatched_stages_are_one_sentence(world, tmp_path):
     ckpt = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
     torch.save(ckpt | dict(fingerprint="other"), tmp_path / "tokenizer.pt")
     fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another tokenizer")
+    torch.save(ckpt, tmp_path / "tokenizer.pt")
+    scored = json.loads((tmp_path / "lam.json").read_text())
+    (tmp_path / "lam.json").write_text(json.dumps(scored | dict(fingerprint="other")))
+    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another lam")
+    (tmp_path / "lam.json").write_text("{half")
+    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "damaged")
+
+
+def test_prompts_may_be_any_picture(tmp_path):
+    import imageio.v2 as imageio
+    colours = np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), dtype=np.uint8)
+    imageio.imwrite(tmp_path / "colour.png", colours[0])
+    imageio.imwrite(tmp_path / "grey.png", colours[0, ..., 0])
+    imageio.imwrite(tmp_path / "see_through.png", np.concatenate([colours[0], colours[1, ..., :1]], -1))
+    imageio.mimwrite(tmp_path / "film.gif", list(colours))
+    for file in sorted(tmp_path.iterdir()):
+        x = play.read_image(file, 64, 64)
+        assert x.shape == (64, 64, 3) and 0 <= x.min() and x.max() <= 1 and 0.3 < x.mean() < 0.7, file
+    (tmp_path / "no.png").write_text("a letter")
+    with pytest.raises(SystemExit, match="cannot read the picture"):
+        play.read_image(tmp_path / "no.png", 64, 64)
 
 
 def test_play_without_a_display_writes_its_files(world, tmp_path):
