@@ -31,7 +31,7 @@ from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint,
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,   3000, 30000, 200000, "training steps"),
+    steps=      (500,   4500, 30000, 200000, "training steps"),
     batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
@@ -43,7 +43,7 @@ KNOBS = dict(
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
-    maskgit=    (  2,      8,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
+    maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
     scored=     (128,    256,   256,    256, "held-out clips in the scores"),
@@ -289,7 +289,7 @@ def encode(data, tokenizer, lam):
     so doing it in every step would only repeat it. Action f leads from frame f to f+1. In fp32, as in play."""
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
-    for starts in tqdm(np.array_split(data.cover(), -(-len(data.cover()) // 16)), desc="frames to tokens", dynamic_ncols=True):
+    for starts in tqdm(np.array_split(data.cover(), -(-len(data.cover()) // 4)), desc="frames to tokens", dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
         z[index], a[index[:, :-1]] = tokenizer.encode(x).short(), lam.encode(x).short()
