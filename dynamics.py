@@ -138,7 +138,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     for s in range(steps):
         logits = predict(z).float()
         if temperature > 0:
-            drawn = torch.distributions.Categorical(logits=logits / temperature, validate_args=False).sample()
+            gumbel = -torch.empty_like(logits).exponential_().log()      # a draw from the softmax, without computing it
+            drawn = (logits / temperature + gumbel).argmax(-1)
         else:
             drawn = logits.argmax(-1)                                    # (B, 1, N)
         hole = z == MASK
