@@ -195,7 +195,7 @@ class Window:
         self.beside = self.image(grid[0, half:], game.frame, "the true game, same keys") if two else None
         self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8) for k in range(game.K)]
         self.text = self.figure.text(0.02, 0.02, "", color="#c8c8d0", fontsize=9, family="monospace", animated=True)
-        self.moving = [self.view, self.text, *([self.beside] if two else []), *self.strip]
+        self.moving = [self.view, self.text, *([self.beside] if two else [])]
         self.background = None
         connect = self.figure.canvas.mpl_connect
         connect("key_press_event", self.on_press)
@@ -206,9 +206,10 @@ class Window:
 
     def image(self, cell, frame, title, size=10):
         ax = self.figure.add_subplot(cell)
+        still = size < 10                                       # the strip: drawn with the background, seldom
         ax.set_xticks([]), ax.set_yticks([])
         ax.set_title(title, color="#c8c8d0", fontsize=size)
-        return ax.imshow(frame, interpolation="nearest", vmin=0, vmax=1, animated=True)
+        return ax.imshow(frame, interpolation="nearest", vmin=0, vmax=1, animated=not still)
 
     def label(self, code):
         """`3` or `3 right`: a code's key, and the button it was found to mean."""
@@ -232,6 +233,7 @@ class Window:
         elif key == "b":
             for image, frame in zip(self.strip, game.every_button()):
                 image.set_data(frame)
+            self.background = None                              # the strip is part of it
         elif key == "g":
             self.record()
         elif key == "s":
@@ -302,7 +304,10 @@ class Window:
             canvas.draw_idle()
         else:
             self.draw_moving()
-            canvas.blit(self.figure.bbox)
+            line = self.text.get_window_extent()
+            line.x1 = self.figure.bbox.x1                       # to the right edge: the last line may have been longer
+            for box in [line, *(artist.axes.bbox for artist in self.moving if artist.axes)]:
+                canvas.blit(box)
 
     def draw_moving(self):
         """Only what moves is drawn anew, over a copy of the still background (blitting)."""
@@ -323,8 +328,15 @@ class Window:
             self.film = None
 
     def run(self):
-        timer = self.figure.canvas.new_timer(interval=int(1000 / self.args.fps))
-        timer.add_callback(self.tick)
+        timer, due = self.figure.canvas.new_timer(interval=1), time.time()
+
+        def beat():                                             # a timer waits after each call: wait less if the call took long
+            nonlocal due
+            due = max(due + 1 / self.args.fps, time.time())
+            self.tick()
+            timer.interval = max(1, int(1000 * (due - time.time())))
+
+        timer.add_callback(beat)
         timer.start()
         self.show()
         self.plt.show()
@@ -665,7 +677,7 @@ def main(argv=None):
     p.add_argument("--data", type=Path, default=Path("data/platformer"), help="where starting frames of your own videos come from")
     p.add_argument("--run", type=Path, help="folder of the trained world (default: runs/NAME OF THE DATA, else assets/)")
     p.add_argument("--prompt", type=Path, help="begin from this picture")
-    p.add_argument("--maskgit", type=int, default=2, help="MaskGIT steps per frame (default: %(default)s)")
+    p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
