@@ -193,6 +193,7 @@ def picture(lam, path, x, a, known):
 
 def main(argv=None):
     args = settle(parser(__doc__, KNOBS).parse_args(argv), "lam")
+    # the held-out clips too: that they are too short for --frames should show now, not after training
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)

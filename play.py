@@ -193,7 +193,7 @@ class Window:
         half = game.K // 2
         self.view = self.image(grid[0, :half] if two else grid[0, :], game.frame, "the learned world")
         self.beside = self.image(grid[0, half:], game.frame, "the true game, same keys") if two else None
-        self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8) for k in range(game.K)]
+        self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8, moving=False) for k in range(game.K)]
         self.text = self.figure.text(0.02, 0.02, "", color="#c8c8d0", fontsize=9, family="monospace", animated=True)
         self.moving = [self.view, self.text, *([self.beside] if two else [])]
         self.background = None
@@ -204,12 +204,11 @@ class Window:
         connect("motion_notify_event", self.on_mouse)
         connect("draw_event", self.on_draw)
 
-    def image(self, cell, frame, title, size=10):
+    def image(self, cell, frame, title, size=10, moving=True):
         ax = self.figure.add_subplot(cell)
-        still = size < 10                                       # the strip: drawn with the background, seldom
         ax.set_xticks([]), ax.set_yticks([])
         ax.set_title(title, color="#c8c8d0", fontsize=size)
-        return ax.imshow(frame, interpolation="nearest", vmin=0, vmax=1, animated=not still)
+        return ax.imshow(frame, interpolation="nearest", vmin=0, vmax=1, animated=moving)
 
     def label(self, code):
         """`3` or `3 right`: a code's key, and the button it was found to mean."""
@@ -601,8 +600,9 @@ def score(game, supply, args):
         stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
     sampling = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
     result = dict(sampling, seed=args.seed)
+    longest = max(Clips(args.data, "valid", 1).meta["episodes"]["valid"])
     for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
-        if max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) <= frames:
+        if longest <= frames:
             print(f"no scores {frames} frames ahead: no held-out episode is as long", file=sys.stderr)
             continue
         data = Clips(args.data, "valid", frames + 1, game.device)
@@ -614,7 +614,8 @@ def score(game, supply, args):
         result[f"delta_psnr_curve_{frames}"] = [round(v, 3) for v in (curve[0] - curve[1]).mean(0).tolist()]
     if game.built_in and game.keys:
         result |= score_counterfactual(game, supply) | score_arrows(game, supply)
-    result |= score_fvd(game, lam, args, sampling, 64)
+    if longest > 64:
+        result |= score_fvd(game, lam, args, sampling, 64)
     write_json(args.run / "scores.json", result)
     for k, v in result.items():
         print(f"{k:>32}  {round(v, 3) if isinstance(v, float) else v}")
@@ -654,7 +655,7 @@ def bench(game, supply, args):
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
             game.press(i % game.K)
         print(json.dumps(dict(after_frames=upto, milliseconds_per_frame=round(1000 * seconds(lambda: game.press(0), 20), 2),
-                              memory_gb=round(memory(game.device), 3))), flush=True)
+                              memory_gb=memory(game.device))), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ command line
