@@ -7,9 +7,9 @@ of them are given, when playing none at first, then more and more (MaskGIT, Chan
 Action a_{t-1} leads from frame t-1 to frame t and is added to every token of frame t, where it is needed.
 
 Where it departs from the paper (each measured in the README's lab notes):
-- a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus that of the token that was
-  in its place a frame ago (`--canvas last`). Most of the next frame is the last one, moved; from a blank canvas, the paper's,
-  the model has to learn first how to fetch it, and only then what a button does to it;
+- a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus what was in its place and
+  around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
+  canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it;
 - how the past looks in training. The paper masks half of it or more (`--masking paper`), and plays with a clean past. Our
   default trains the way it plays, with two streams in one pass: a clean copy of the clip, and a masked copy whose frame t
   looks at frames 1..t-1 of the clean copy. Some clean tokens are replaced at random, so that the model learns to live with
@@ -31,17 +31,17 @@ from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint,
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,   4500, 30000, 200000, "training steps"),
+    steps=      (500,   3600, 30000, 200000, "training steps"),
     batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
-    layers=     (  2,      4,    12,     12, "ST blocks"),
+    layers=     (  2,      2,    12,     12, "ST blocks"),
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
     canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
     masking=    ("streams", "streams", "streams", "paper", "how clips are masked in training: streams, frames or paper"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
-    lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
+    lr=         (3e-3,  8e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
@@ -54,16 +54,18 @@ MODEL = ("dim", "layers", "heads", "action", "canvas")
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, tokens, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
+    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
         super().__init__()
-        self.N, self.K, self.MASK, self.action, self.canvas = tokens, codes, codes, action, canvas
+        self.rows, self.columns, self.N, self.action, self.canvas = rows, columns, rows * columns, action, canvas
+        self.K = self.MASK = codes
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
         if canvas == "last":
             self.embed_last = nn.Embedding(codes + 1, dim)               # here the last one stands for: no frame before this
+            self.around = nn.Conv2d(dim, dim, 3, padding=1)
             nn.init.normal_(self.embed_last.weight, std=0.5)
         self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
         self.embed_action = nn.Linear(code_dim, dim)
-        self.transformer = STTransformer(tokens + (action == "prepend"), dim, layers, heads, window)
+        self.transformer = STTransformer(self.N + (action == "prepend"), dim, layers, heads, window)
         self.head = nn.Linear(dim, codes)
         nn.init.normal_(self.embed.weight, std=0.5)
 
@@ -75,17 +77,25 @@ class Dynamics(nn.Module):
         """The frame before each frame of z (B, T, N); before the first there was none."""
         return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
 
-    def logits(self, z, e, last=None, time=None, mask=None, cache=None):
+    def paint(self, last):
+        """The canvas: what was in each place a frame ago, and around it. Tokens (B, T, N) -> (B, T, N, D)."""
+        h = self.embed_last(last)
+        grid = h.view(-1, self.rows, self.columns, h.size(-1)).permute(0, 3, 1, 2)           # (B*T, D, rows, columns)
+        return h + self.around(grid).permute(0, 2, 3, 1).reshape(h.shape)
+
+    def features(self, z, e, last=None, time=None, mask=None, cache=None):
         """Frames z (B, T, N), actions e (B, T, D) from `actions`, the frames before them (B, T, N) if not as `before` has them
-        -> logits (B, T, N, K). time, mask, cache: see STTransformer."""
+        -> (B, T, N, D). time, mask, cache: see STTransformer."""
         x = self.embed(z)                                                # (B, T, N, D)
         if self.canvas == "last":
-            x = x + self.embed_last(self.before(z) if last is None else last)
+            x = x + self.paint(self.before(z) if last is None else last)
         if self.action == "add":
-            x = self.transformer(x + e.unsqueeze(2), time, mask, cache)
-        else:
-            x = self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
-        return self.head(x)
+            return self.transformer(x + e.unsqueeze(2), time, mask, cache)
+        return self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
+
+    def logits(self, *args, **kwargs):
+        """The same, all the way: logits (B, T, N, K)."""
+        return self.head(self.features(*args, **kwargs))
 
     def forward(self, z, a, masking, noise):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
@@ -107,11 +117,12 @@ class Dynamics(nn.Module):
             time, mask = two_streams(T, self.transformer.window, z.device)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            logits = self.logits(both, twice(e), twice(last), time, mask)[:, T:]
+            x = self.features(both, twice(e), twice(last), time, mask)[:, T:]
             hidden, target = hidden[:, 1:], z[:, 1:]
         else:
-            logits, target = self.logits(past.masked_fill(hidden, self.MASK), e, last), z
-        return F.cross_entropy(logits[hidden].float(), target[hidden])   # target: the tokens as they were before masking
+            x, target = self.features(past.masked_fill(hidden, self.MASK), e, last), z
+        logits = self.head(x[hidden])                                    # (holes, K): no others are scored
+        return F.cross_entropy(logits.float(), target[hidden])           # target: the tokens as they were before masking
 
 
 def two_streams(T, window, device):
@@ -290,7 +301,9 @@ def encode(data, tokenizer, lam):
     so doing it in every step would only repeat it. Action f leads from frame f to f+1. In fp32, as in play."""
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
-    for starts in tqdm(np.array_split(data.cover(), -(-len(data.cover()) // 4)), desc="frames to tokens", dynamic_ncols=True):
+    clips = data.cover()
+    clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
+    for starts in tqdm(clips, desc="frames to tokens", dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
         z[index], a[index[:, :-1]] = tokenizer.encode(x).short(), lam.encode(x).short()
@@ -306,15 +319,17 @@ def main(argv=None):
                  order=("random", "confidence"))
     args = settle(parser(__doc__, KNOBS, **words).parse_args(argv), "dynamics")
     clips, tokenizer, lam = load_upstream(args)
-    config = dict(tokens=tokenizer.tokens, codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook),
-                  code_dim=lam.vq.codebook.size(1), window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    config = dict(rows=tokenizer.height // tokenizer.patch, columns=tokenizer.width // tokenizer.patch,
+                  codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
+                  window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
+    for net in (tokenizer, lam, model):
+        compile_blocks(net, args)
     tokens, actions = encode(clips, tokenizer, lam)
-    compile_blocks(model, args)
     net = parallel(model, args)
 
     for step in run.steps():

@@ -26,8 +26,8 @@ from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (300,    600, 20000, 200000, "training steps"),
-    batch=      ( 16,     32,    36,     36, "clips in a step"),
+    steps=      (300,    700, 20000, 200000, "training steps"),
+    batch=      ( 16,     16,    36,     36, "clips in a step"),
     frames=     (  4,      4,    16,     16, "frames in a clip, and how far back a frame may look"),
     patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
     dim=        ( 32,    128,   512,    512, "width D"),
@@ -37,7 +37,7 @@ KNOBS = dict(
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
     past=       (  1,      1,     1,     16, "frames that the decoder sees, the last ones before the one it draws"),
-    lr=         (3e-3,  2e-3,  1e-4,   3e-5, "peak learning rate"),
+    lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )

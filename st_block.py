@@ -7,8 +7,9 @@ in earlier frames (temporal attention, causal), then passes one feed-forward lay
 The legend of shapes, for the whole project:
     B clips   T frames   N tokens of a frame   D width   K codes   H W C pixels   h heads   P pixels along a patch's side
 
-Where the paper is silent, this is what we chose: pre-norm RMSNorm, GELU feed-forward of 4 D, a learned embedding for the
-place in the frame, rotary embedding for time (so that a cached past stays valid when the window slides on).
+Where the paper is silent, this is what we chose: pre-norm RMSNorm, a feed-forward of 4 D with squared ReLU (So et al. 2021; it learns
+faster here than GELU, and costs a CPU less), a learned embedding for the place in the frame, rotary embedding for time (so
+that a cached past stays valid when the window slides on).
 """
 import argparse
 import contextlib
@@ -118,7 +119,7 @@ class STBlock(nn.Module):
         self.norm_space, self.space = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm_time, self.time = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm_ffw = nn.RMSNorm(dim, eps=1e-6)
-        self.ffw = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x, turn, mask, past=None):
         B, T, N, D = x.shape
@@ -126,7 +127,7 @@ class STBlock(nn.Module):
         x = x + self.space(s).view(B, T, N, D)
         t = self.norm_time(x).transpose(1, 2).reshape(B * N, T, D)               # every place by itself
         x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
-        return x + self.ffw(self.norm_ffw(x))
+        return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 
 
 class STTransformer(nn.Module):
@@ -142,7 +143,7 @@ class STTransformer(nn.Module):
         self.blocks = nn.ModuleList(STBlock(dim, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         for name, p in self.named_parameters():     # GPT-2's start: residual branches begin small, by the depth
-            if name.endswith(("out.weight", "ffw.2.weight")):
+            if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))
 
     def forward(self, x, time=None, mask=None, cache=None):

@@ -44,7 +44,7 @@ def small_lam(seed=0, window=4, past=4):
 
 def small_dynamics(action="add", canvas="last", seed=0, window=4):
     torch.manual_seed(seed)
-    m = dyn.Dynamics(tokens=16, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
+    m = dyn.Dynamics(rows=4, columns=4, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
                      canvas=canvas).eval()
     m.buttons.copy_(torch.randn(8, 8))
     return m
@@ -222,9 +222,9 @@ def test_targets_are_the_true_tokens_and_frame_one_is_never_masked(masking, monk
     m = small_dynamics()
     z, a = torch.randint(24, (8, 6, 16)), torch.randint(8, (8, 5))
     targets, inputs = [], []
-    cross_entropy, logits = F.cross_entropy, m.logits
+    cross_entropy, features = F.cross_entropy, m.features
     monkeypatch.setattr(F, "cross_entropy", lambda p, t: targets.append(t) or cross_entropy(p, t))
-    monkeypatch.setattr(m, "logits", lambda x, *rest: inputs.append(x) or logits(x, *rest))
+    monkeypatch.setattr(m, "features", lambda x, *rest: inputs.append(x) or features(x, *rest))
     torch.manual_seed(0)
     m(z, a, masking, noise=0.0)
     x, target = inputs[0], targets[0]
@@ -259,8 +259,8 @@ def test_two_streams_train_exactly_what_playing_asks(canvas):
 @pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
 def test_noise_replaces_past_tokens_but_never_targets(masking, monkeypatch):
     m, z, a = small_dynamics(), torch.randint(24, (4, 6, 16)), torch.randint(8, (4, 5))
-    inputs, targets, logits, cross_entropy = [], [], m.logits, F.cross_entropy
-    monkeypatch.setattr(m, "logits", lambda x, *rest: inputs.append(x) or logits(x, *rest))
+    inputs, targets, features, cross_entropy = [], [], m.features, F.cross_entropy
+    monkeypatch.setattr(m, "features", lambda x, *rest: inputs.append(x) or features(x, *rest))
     monkeypatch.setattr(F, "cross_entropy", lambda p, t: targets.append(t) or cross_entropy(p, t))
     m(z, a, masking, noise=1.0)
     x = inputs[0]
@@ -556,7 +556,7 @@ def test_every_stage_overfits_one_batch(stage):
         loss = lambda: m(game)[1]["error"]
         batch = lambda: m(game)[0]
     else:
-        m = dyn.Dynamics(tokens=16, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last")
+        m = dyn.Dynamics(rows=4, columns=4, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last")
         z, a = torch.randint(64, (4, 4, 16)), torch.randint(8, (4, 3))
         loss = batch = lambda: m(z, a, "streams", 0.0)
     optimizer = st.make_optimizer(m, 3e-3)
@@ -599,7 +599,7 @@ def test_large_sizes_build(stage, size):
     model = {k: knobs[k] for k in stage.MODEL}
     with torch.device("meta"):
         if stage is dyn:
-            m = dyn.Dynamics(tokens=256, codes=1024, buttons=8, code_dim=32, window=16, **model)
+            m = dyn.Dynamics(rows=16, columns=16, codes=1024, buttons=8, code_dim=32, window=16, **model)
         else:
             m = stage.build(height=64, width=64, window=16, **model)
     millions = sum(p.numel() for p in m.parameters()) / 1e6
