@@ -121,8 +121,9 @@ class Dynamics(nn.Module):
             hidden, target = hidden[:, 1:], z[:, 1:]
         else:
             x, target = self.features(past.masked_fill(hidden, self.MASK), e, last), z
-        logits = self.head(x[hidden])                                    # (holes, K): no others are scored
-        return F.cross_entropy(logits.float(), target[hidden])           # target: the tokens as they were before masking
+        logits = self.head(x).flatten(0, -2).float()                     # (B*T*N, K)
+        target = target.masked_fill(~hidden, -100).flatten()             # the tokens as they were; -100: given, not scored
+        return F.cross_entropy(logits, target)
 
 
 def two_streams(T, window, device):
@@ -296,12 +297,12 @@ def load_upstream(args):
 
 
 @torch.no_grad()
-def encode(data, tokenizer, lam):
+def encode(data, tokenizer, lam, most=None):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
     so doing it in every step would only repeat it. Action f leads from frame f to f+1. In fp32, as in play."""
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
-    clips = data.cover()
+    clips = data.cover()[:most]
     clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
@@ -329,7 +330,7 @@ def main(argv=None):
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
     for net in (tokenizer, lam, model):
         compile_blocks(net, args)
-    tokens, actions = encode(clips, tokenizer, lam)
+    tokens, actions = encode(clips, tokenizer, lam, most=4 if args.bench else None)         # the speed is the same with zeros
     net = parallel(model, args)
 
     for step in run.steps():

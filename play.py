@@ -39,7 +39,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, psnr
 from dynamics import World, delta_psnr, rollout
-from st_block import compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, stop, write_atomically, write_json
+from st_block import compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop, write_atomically, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -622,16 +622,6 @@ def score(game, supply, args):
 
 
 # ------------------------------------------------------------------------------------------------ speed
-
-def seconds(call, n):
-    """The median time that a call takes, of n, after one to warm up."""
-    took = []
-    for _ in range(n + 1):
-        began = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - began)
-    return sorted(took[1:])[n // 2]
-
 
 @torch.no_grad()
 def bench(game, supply, args):

@@ -307,6 +307,7 @@ def parser(doc, knobs, **choices):
     p.add_argument("--seed", type=int, help="same seed, same machine: the same run (default: 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
+    p.add_argument("--bench", action="store_true", help="train nothing: time a few steps and print one line of JSON")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                    help="torch.compile (auto: on, if there is a GPU or a C++ compiler)")
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
@@ -470,6 +471,23 @@ def memory(device):
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9), 3)
 
 
+def seconds(call, n):
+    """The median time that a call takes, of n, after one to warm up."""
+    took = []
+    for _ in range(n + 1):
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+    return sorted(took[1:])[n // 2]
+
+
+def matmul_rate(device, dtype):
+    """Floating-point operations per second of a large square matrix product: the most that this device gives in practice."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / seconds(lambda: (a @ a)[0, 0].item(), 9)
+
+
 class Run:
     """What a training loop needs besides its mathematics: steps with a progress bar, Ctrl-C, saving, resuming.
 
@@ -513,10 +531,13 @@ class Run:
         """Yields step numbers up to args.steps. Saves every 500 steps, at Ctrl-C and at the end; sets seed and lr."""
         from tqdm import tqdm
         args, self.began, self.stopped = self.args, time.time(), False
-        with contextlib.suppress(ValueError):        # only the main thread may catch signals
-            signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
         self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage, disable=args.rank > 0, mininterval=1,
                         dynamic_ncols=True)
+        if args.bench:
+            yield from self.bench()
+            raise SystemExit(0)
+        with contextlib.suppress(ValueError):        # only the main thread may catch signals
+            signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
         step = self.first
         for step in range(self.first, args.steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
@@ -536,6 +557,44 @@ class Run:
         self.seconds += time.time() - self.began
         self.began = time.time()
         self.save(args.steps, fingerprint=fingerprint(self.model))
+
+    def bench(self, warm=5, timed=20):
+        """`--bench`: the loop runs, and one JSON line says how fast; nothing is saved. Hooks tell the phases of a step apart."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+        args, marks, rows = self.args, [], []
+
+        def mark(*_):
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)
+            marks.append(time.perf_counter())
+
+        hooks = [self.model.register_forward_pre_hook(mark), self.model.register_forward_hook(mark),
+                 self.optimizer.register_step_pre_hook(mark), self.optimizer.register_step_post_hook(mark)]
+        for step in range(warm + timed):
+            marks.clear()
+            mark()
+            yield step
+            rows.append([b - a for a, b in zip(marks, marks[1:])])
+        for hook in hooks:
+            hook.remove()
+        peak, flops = memory(args.device), FlopCounterMode(display=False)
+        counted = sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), counted, flops:           # it sees through torch's operations only
+            yield step
+        self.bar.close()
+        phases = [sorted(column)[timed // 2] for column in zip(*rows[warm:])]
+        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], flops.get_total_flops()
+        with autocast(args):
+            dtype = torch.get_autocast_dtype(args.device.type) if torch.is_autocast_enabled(args.device.type) else torch.float32
+        rate = matmul_rate(args.device, dtype)
+        print(json.dumps(dict(
+            stage=self.stage, size=args.size, device=str(args.device), threads=torch.get_num_threads(), compile=args.compile,
+            dtype=str(dtype).removeprefix("torch."), batch=args.batch, frames=args.frames,
+            parameters=sum(p.numel() for p in self.model.parameters()), clips_per_second=round(args.batch / total, 2),
+            frames_per_second=round(args.batch * args.frames / total, 1),
+            milliseconds={k: round(1000 * v, 1) for k, v in zip(("data", "forward", "backward", "optimizer"), phases)},
+            gflop_per_step=round(flops / 1e9, 1), matmul_gflops=round(rate / 1e9), mfu=round(flops / total / rate, 3), memory_gb=peak)))
 
     def log(self, step, loss, **stats):
         """Show the numbers every few steps (reading them makes a GPU wait); a loss that is not finite ends the run."""

@@ -826,3 +826,33 @@ def test_blocks_compile_without_graph_breaks_or_recompiles(platformer, tmp_path)
     eager.load_state_dict(m.state_dict())
     x = torch.rand(2, 3, 32, 32, 3)
     assert torch.allclose(m(x)[1]["mse"], eager(x)[1]["mse"], atol=1e-5)
+
+
+@torch.no_grad()
+def test_playing_compiles_once_however_long():
+    """The first frame meets every shape there is; none of the next 12, far past the window of 4, compiles anything more."""
+    import torch._dynamo.utils as counted
+    torch._dynamo.reset()
+    m = small_dynamics()
+    st.compile_blocks(m, SimpleNamespace(compile="on"))
+    world, seen = dyn.World(m, 1, steps=3, temperature=0.0), []
+    world.prompt(torch.randint(24, (1, 1, 16)))
+    for _ in range(13):
+        world.step(torch.tensor([3]))
+        seen.append(counted.counters["stats"]["unique_graphs"])
+    assert seen[0] > 0 and len(set(seen)) == 1, seen
+
+
+def test_bench_counts_the_arithmetic_of_a_step(platformer, tmp_path):
+    """One JSON line, nothing trained; its FLOPs are those that one gets with pencil and paper."""
+    result = run(HERE / "tokenizer.py", "--size", "test", "--bench", "--run", str(tmp_path / "run"), cwd=platformer)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert not list((tmp_path / "run").glob("*")), "a benchmark saves nothing"
+    assert row["milliseconds"].keys() == {"data", "forward", "backward", "optimizer"}
+    assert row["frames_per_second"] == pytest.approx(row["frames"] * row["clips_per_second"], rel=0.01)
+    k = {name: values[0] for name, values in tok.KNOBS.items()}
+    M, D, T, N, E = k["batch"] * k["frames"] * 64, k["dim"], k["frames"], 64, k["code_dim"]      # M tokens in a step
+    block = 2 * (3 * D * D + D * D) + 2 * 4 * D * D + 2 * N * D + 2 * T * D                      # two attentions, feed-forward
+    forward = 2 * M * (2 * k["layers"] * block + 2 * 3 * 64 * D + 2 * D * E)                     # pixels and codes, in and out
+    assert row["gflop_per_step"] == pytest.approx((3 * forward + 2 * M * E * k["codes"]) / 1e9, rel=0.05)
