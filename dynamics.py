@@ -78,17 +78,17 @@ class Dynamics(nn.Module):
         return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
 
     def paint(self, last):
-        """The canvas: what was in each place a frame ago, and around it. Tokens (B, T, N) -> (B, T, N, D)."""
-        h = self.embed_last(last)
+        """The canvas (B, T, N, D): what was in each place a frame ago, and around it. From the tokens (B, T, N) of `before`."""
+        if self.canvas == "blank":
+            return torch.zeros(*last.shape, 1, device=last.device)
+        h = self.embed_last(last)                                        # (B, T, N, D)
         grid = h.view(-1, self.rows, self.columns, h.size(-1)).permute(0, 3, 1, 2)           # (B*T, D, rows, columns)
         return h + self.around(grid).permute(0, 2, 3, 1).reshape(h.shape)
 
-    def features(self, z, e, last=None, time=None, mask=None, cache=None):
-        """Frames z (B, T, N), actions e (B, T, D) from `actions`, the frames before them (B, T, N) if not as `before` has them
+    def features(self, z, e, canvas=None, time=None, mask=None, cache=None):
+        """Frames z (B, T, N), actions e (B, T, D) from `actions`, the canvas from `paint` (default: over the frames of z)
         -> (B, T, N, D). time, mask, cache: see STTransformer."""
-        x = self.embed(z)                                                # (B, T, N, D)
-        if self.canvas == "last":
-            x = x + self.paint(self.before(z) if last is None else last)
+        x = self.embed(z) + (self.paint(self.before(z)) if canvas is None else canvas)       # (B, T, N, D)
         if self.action == "add":
             return self.transformer(x + e.unsqueeze(2), time, mask, cache)
         return self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
@@ -117,10 +117,10 @@ class Dynamics(nn.Module):
             time, mask = two_streams(T, self.transformer.window, z.device)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            x = self.features(both, twice(e), twice(last), time, mask)[:, T:]
+            x = self.features(both, twice(e), self.paint(twice(last)), time, mask)[:, T:]
             hidden, target = hidden[:, 1:], z[:, 1:]
         else:
-            x, target = self.features(past.masked_fill(hidden, self.MASK), e, last), z
+            x, target = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last)), z
         logits = self.head(x).flatten(0, -2).float()                     # (B*T*N, K)
         target = target.masked_fill(~hidden, -100).flatten()             # the tokens as they were; -100: given, not scored
         return F.cross_entropy(logits, target)
@@ -184,7 +184,7 @@ class World:
         """Forget everything; begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
         d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
-        frames = list(zip(*(x.split(1, 1) for x in (z, d.actions(a), d.before(z)))))          # T x (z, e, last), each (B, 1, ...)
+        frames = list(zip(*(x.split(1, 1) for x in (z, d.actions(a), d.paint(d.before(z))))))  # T x (z, e, canvas), each (B, 1, ...)
         self.cache.clear()
         for frame in frames[:-1]:
             d.logits(*frame, cache=self.cache)
@@ -195,18 +195,18 @@ class World:
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d, newest = self.dynamics, self.newest
-        e, last = d.actions(a[:, None])[:, 1:], newest[0]                # (B, 1, D), (B, 1, N)
+        e, canvas = d.actions(a[:, None])[:, 1:], d.paint(newest[0])     # (B, 1, D), (B, 1, N, D)
 
         def predict(z):
             if self.newest is None:
-                return d.logits(z, e, last, cache=self.cache)
+                return d.logits(z, e, canvas, cache=self.cache)
             self.newest = None
-            logits = d.logits(*(torch.cat(pair, 1) for pair in zip(newest, (z, e, last))), cache=self.cache)
+            logits = d.logits(*(torch.cat(pair, 1) for pair in zip(newest, (z, e, canvas))), cache=self.cache)
             self.cache.advance()
             return logits[:, 1:]                                         # (B, 1, N, K)
 
         z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
-        self.newest = z, e, last
+        self.newest = z, e, canvas
         return z
 
     def snapshot(self):
