@@ -328,8 +328,8 @@ def main(argv=None):
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
-    for net in (tokenizer, lam, model):
-        compile_blocks(net, args)
+    for m in (tokenizer, lam, model):
+        compile_blocks(m, args)
     tokens, actions = encode(clips, tokenizer, lam, most=4 if args.bench else None)         # the speed is the same with zeros
     net = parallel(model, args)
 

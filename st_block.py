@@ -587,6 +587,8 @@ class Run:
         total, flops = sorted(map(sum, rows[warm:]))[timed // 2], flops.get_total_flops()
         with autocast(args):
             dtype = torch.get_autocast_dtype(args.device.type) if torch.is_autocast_enabled(args.device.type) else torch.float32
+        if args.rank > 0:
+            return
         rate = matmul_rate(args.device, dtype)
         print(json.dumps(dict(
             stage=self.stage, size=args.size, device=str(args.device), threads=torch.get_num_threads(), compile=args.compile,
