@@ -8,7 +8,7 @@ A data set is a folder:
     train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end, memory-mapped when read
     meta.json             frame size, frames per second, the length of every episode, where it all came from
     true_actions.npz      built-in game only: which buttons were really pressed. NO TRAINING CODE OPENS IT. It is there to
-                          score, afterwards, what was discovered without it.
+                          score, afterwards, what was discovered without it (and for the ceiling of that: lam.py --oracle).
 
 Genie's data were 16-frame clips at 10 frames/s of platformer videos (section 3). So are these, at 64x64.
 """
@@ -362,6 +362,7 @@ class Clips:
 
     def __init__(self, root, split, T, device="cpu"):
         root, self.T, self.device = Path(root), T, torch.device(device)
+        self.path = root / f"{split}.u8"
         again = f"make it again, as it was made, with: python data.py --name {root.name} --overwrite"
         try:
             self.meta = json.loads((root / "meta.json").read_text())
@@ -424,6 +425,19 @@ def true_actions(root, split):
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of frames in [0, 1], (..., H, W, C) -> (...): -10 log10(MSE), capped at 60."""
     return -10 * torch.log10((a.float() - b.float()).square().mean((-1, -2, -3)).clamp(min=1e-6))
+
+
+def displacement(before, after, most=6):
+    """How the view moved between frames (B, H, W, C) and (B, H, W, C): (B, 2), the pixels right and down, each within -most..most,
+    by which a camera must have moved for the two to agree best where they overlap. Of equals, the smallest."""
+    H, W = before.shape[1:3]
+    moves = sorted(((dx, dy) for dx in range(-most, most + 1) for dy in range(-most, most + 1)), key=lambda m: abs(m[0]) + abs(m[1]))
+    error = []
+    for dx, dy in moves:
+        a = before[:, max(0, dy):H + min(0, dy), max(0, dx):W + min(0, dx)]
+        b = after[:, max(0, -dy):H + min(0, -dy), max(0, -dx):W + min(0, -dx)]
+        error.append((a - b).square().mean((1, 2, 3)))
+    return torch.tensor(moves, device=before.device)[torch.stack(error).argmin(0)]
 
 
 def contact_sheet(root, path):

@@ -1,6 +1,7 @@
 """Stage 3: the dynamics model (ST-MaskGIT, section 2.1). Given the past and a button, what does the next frame look like?
 
     python dynamics.py                       # needs tokenizer.pt and lam.pt in the run folder -> dynamics.pt
+    python dynamics.py --cotrain             # trains the LAM along with it, as the paper does -> lam.pt, dynamics.pt
 
 It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills in the masked tokens of z_t: in training some
 of them are given, when playing none at first, then more and more (MaskGIT, Chang et al. 2022).
@@ -26,8 +27,12 @@ from tqdm import tqdm
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
-from st_block import (Run, STTransformer, autocast, compile_blocks, fingerprint, load_model, make_optimizer, parallel, parser,
-                      save_picture, settle, stop)
+from st_block import (Neighbours, Run, STTransformer, autocast, compile_blocks, fingerprint, load_model, make_optimizer, parallel,
+                      parser, patchify, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
+
+FLAWS = ("none",
+         "late",            # in training, every action is attached to the frame after the one that it leads to
+         "acausal")         # in training, a frame may look at all frames, later ones and its own clean copy too
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
@@ -46,6 +51,7 @@ KNOBS = dict(
     maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
+    flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     scored=     (128,    256,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("dim", "layers", "heads", "action", "canvas")
@@ -56,12 +62,12 @@ class Dynamics(nn.Module):
 
     def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
         super().__init__()
-        self.rows, self.columns, self.N, self.action, self.canvas = rows, columns, rows * columns, action, canvas
+        self.N, self.action, self.canvas = rows * columns, action, canvas
         self.K = self.MASK = codes
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
         if canvas == "last":
             self.embed_last = nn.Embedding(codes + 1, dim)               # here the last one stands for: no frame before this
-            self.around = nn.Conv2d(dim, dim, 3, padding=1)
+            self.around = Neighbours(rows, columns, dim)
             nn.init.normal_(self.embed_last.weight, std=0.5)
         self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
         self.embed_action = nn.Linear(code_dim, dim)
@@ -81,9 +87,7 @@ class Dynamics(nn.Module):
         """The canvas (B, T, N, D): what was in each place a frame ago, and around it. From the tokens (B, T, N) of `before`."""
         if self.canvas == "blank":
             return torch.zeros(*last.shape, 1, device=last.device)
-        h = self.embed_last(last)                                        # (B, T, N, D)
-        grid = h.view(-1, self.rows, self.columns, h.size(-1)).permute(0, 3, 1, 2)           # (B*T, D, rows, columns)
-        return h + self.around(grid).permute(0, 2, 3, 1).reshape(h.shape)
+        return self.around(self.embed_last(last))
 
     def features(self, z, e, canvas=None, time=None, mask=None, cache=None):
         """Frames z (B, T, N), actions e (B, T, D) from `actions`, the canvas from `paint` (default: over the frames of z)
@@ -97,10 +101,10 @@ class Dynamics(nn.Module):
         """The same, all the way: logits (B, T, N, K)."""
         return self.head(self.features(*args, **kwargs))
 
-    def forward(self, z, a, masking, noise):
+    def forward(self, z, a, masking, noise, flaw="none"):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
         B, T, N = z.shape
-        e = self.actions(a)
+        e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
         if masking == "paper":                                           # one rate for a clip, U(0.5, 1)
             rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
         else:                                                            # one for each frame, by MaskGIT's cosine: often near 1
@@ -115,12 +119,15 @@ class Dynamics(nn.Module):
         last = self.before(past)
         if masking == "streams":
             time, mask = two_streams(T, self.transformer.window, z.device)
+            if flaw == "acausal":
+                mask = torch.ones_like(mask)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            x = self.features(both, twice(e), self.paint(twice(last)), time, mask)[:, T:]
+            x = self.features(both, twice(e), twice(self.paint(last)), time, mask)[:, T:]
             hidden, target = hidden[:, 1:], z[:, 1:]
         else:
-            x, target = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last)), z
+            mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
+            x, target = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask), z
         logits = self.head(x).flatten(0, -2).float()                     # (B*T*N, K)
         target = target.masked_fill(~hidden, -100).flatten()             # the tokens as they were; -100: given, not scored
         return F.cross_entropy(logits, target)
@@ -246,7 +253,7 @@ def sampling_of(args):
 def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=32):
     """PSNR with inferred actions, with random ones, and of the first frame kept, at generated frames 1..frames.
 
-    One real frame is the prompt (encoded by itself, as in play); x^ follows the actions inferred from the clip, x^' uniformly
+    One real frame is the prompt (play shows it twice, at rest; a frame of a clip need not be); x^ follows the actions inferred from the clip, x^' uniformly
     random ones. Three tensors (clips, frames). delta_t PSNR (section 3, Metrics) is the first minus the second at t = 4.
     """
     generator = torch.Generator().manual_seed(0)
@@ -270,7 +277,8 @@ def evaluate(dynamics, args, tokenizer, lam):
     inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
     delta = inferred - random
     scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
-                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), **sampling_of(args))
+                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), maskgit=args.maskgit, temperature=args.temperature,
+                  order=args.order)
     long = Clips(args.data, "valid", 9, args.device)
     x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
     y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling_of(args)))
@@ -280,14 +288,57 @@ def evaluate(dynamics, args, tokenizer, lam):
     rows += [torch.cat(list(v), 1) for v in tokenizer.decode(rollout(dynamics, z, held, **sampling_of(args)))]
     save_picture(args.run / "dynamics.png", torch.cat(rows), "three held-out clips, each above the model's version from its first "
                  "frame and inferred actions; then one frame under every button, held for 8 frames")
-    return scores
+    unmasking(dynamics, tokenizer, lam, x[1:2], args)
+    return scores | curve(dynamics, tokenizer, lam, args)
 
 
-def load_upstream(args):
-    """The frozen tokenizer and LAM of the run folder; both must come from the data in use."""
+def curve(dynamics, tokenizer, lam, args):
+    """How control fades: PSNR with inferred actions, random ones and the prompt kept, up to 16 frames ahead. Writes the picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    clips = min(32, args.scored)
+    frames = min(16, max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) - 1)
+    data = Clips(args.data, "valid", frames + 1, args.device)
+    result = delta_psnr(dynamics, tokenizer, lam, data.at(data.spread(clips)), frames, sampling_of(args)).cpu()   # 3 x (clips, frames)
+    figure, ax = plt.subplots(figsize=(6, 3.5))
+    for row, label, style in zip(result, ("inferred actions", "random actions", "the prompt, kept"), ("-o", "--o", ":")):
+        mean, error = row.mean(0), row.std(0) / len(row) ** 0.5
+        ax.plot(range(1, frames + 1), mean, style, label=label, markersize=3)
+        ax.fill_between(range(1, frames + 1), mean - error, mean + error, alpha=0.2)
+    ax.set(xlabel="generated frame t", ylabel="PSNR, dB", title=f"the gap is delta_t PSNR ({clips} held-out clips)")
+    ax.legend()
+    save_figure(args.run / "delta_psnr.png", figure, "how control fades with t")
+    plt.close(figure)
+    rounded = lambda row: [round(v, 2) for v in row.mean(0).tolist()]
+    return dict(psnr_curve=rounded(result[0]), delta_psnr_curve=rounded(result[0] - result[1]), curve_clips=clips)
+
+
+@torch.no_grad()
+def unmasking(dynamics, tokenizer, lam, x, args, frames=6, steps=8):
+    """A small film of MaskGIT at work: frames of clip x (1, T, H, W, C) as they are filled in; grey is still masked."""
+    world = World(dynamics, 1, steps, args.temperature, args.order)
+    past = tokenizer.encode(x[:, :1])                                    # (1, T, N)
+    world.prompt(past)
+    actions, film = lam.encode(x), [tokenizer.decode(past)[0, -1]] * 4
+    for t in range(frames):
+        drafts = []
+        z = world.step(actions[:, t], film=drafts)
+        for draft in drafts:
+            hole = (draft == dynamics.MASK)                              # (1, 1, N)
+            pixels = tokenizer.decode(torch.cat([past, torch.where(hole, past[:, -1:], draft)], 1))[:, -1:]
+            patches = patchify(pixels, tokenizer.patch).masked_fill(hole[..., None], 0.5)
+            film.append(unpatchify(patches, tokenizer.patch, tokenizer.height, tokenizer.width)[0, 0])
+        past = torch.cat([past, z], 1)
+    write_gif(args.run / "maskgit.gif", [f.cpu().numpy() for f in film], fps=5)
+
+
+def load_upstream(args, stages):
+    """The frozen models of the run folder that come before; all must come from the data in use."""
     data = Clips(args.data, "train", args.frames, args.device)
     models = []
-    for name, stage in (("tokenizer", tokenizer_stage), ("lam", lam_stage)):
+    for stage in stages:
+        name = stage.__name__
         model, ckpt = load_model(args.run / f"{name}.pt", stage.build, name, args.device)
         if ckpt["origin"]["data"] != data.name:
             stop(f"{args.run}/{name}.pt was trained on {ckpt['origin']['data']}, but {args.data} is {data.name}; use its --run "
@@ -296,18 +347,45 @@ def load_upstream(args):
     return data, *models
 
 
+def begin_lam(args):
+    """For --cotrain: a LAM and its Run, set up as lam.py would, but to be trained on the clips of the dynamics, for as many steps."""
+    flags = dict(data=args.data, run=args.run, size=args.size, seed=args.seed, device=args.device, steps=args.steps, batch=args.batch)
+    flags = [word for k, v in flags.items() for word in (f"--{k}", str(v))] + ["--resume"] * args.resume
+    args = settle(parser(lam_stage.__doc__, lam_stage.KNOBS, flaw=lam_stage.FLAWS).parse_args(flags), "lam")
+    clips, config = lam_stage.begin(args)
+    torch.manual_seed(args.seed)
+    lam = lam_stage.build(**config).to(args.device)
+    return lam, Run("lam", args, lam, make_optimizer(lam, args.lr), config, data=clips.name)
+
+
 @torch.no_grad()
-def encode(data, tokenizer, lam, most=None):
+def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it. Action f leads from frame f to f+1. In fp32, as in play."""
+    so doing it in every step would only repeat it. Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of
+    them would be others in bf16; of the actions, 1 in 300, and play does not infer any. lam=None: no actions.
+    Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same two models."""
+    path, about = args.run / "tokens.pt", data.path.stat()
+    made_of = [data.name, about.st_size, about.st_mtime_ns, data.T, fingerprint(tokenizer), fingerprint(lam) if lam else ""]
+    if path.exists():
+        try:
+            kept = torch.load(path, map_location=data.device, weights_only=True)
+            if kept["made_of"] == made_of:
+                return kept["tokens"], kept["actions"]
+        except Exception as e:                                           # torch.load raises half a dozen types
+            stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
-    clips = data.cover()[:most]
+    clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
     clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
-        z[index], a[index[:, :-1]] = tokenizer.encode(x).short(), lam.encode(x).short()
+        z[index] = tokenizer.encode(x).short()
+        if lam:
+            with autocast(args):
+                a[index[:, :-1]] = lam.encode(x).short()
+    if args.rank == 0 and not args.bench:
+        write_atomically(path, lambda f: torch.save(dict(made_of=made_of, tokens=z, actions=a), f))
     return z, a
 
 
@@ -317,9 +395,16 @@ def build(**config):
 
 def main(argv=None):
     words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("streams", "frames", "paper"),
-                 order=("random", "confidence"))
-    args = settle(parser(__doc__, KNOBS, **words).parse_args(argv), "dynamics")
-    clips, tokenizer, lam = load_upstream(args)
+                 order=("random", "confidence"), flaw=FLAWS)
+    p = parser(__doc__, KNOBS, **words)
+    p.add_argument("--cotrain", action="store_true", help="train a LAM along with it (section 2.1), instead of loading lam.pt")
+    args = settle(p.parse_args(argv), "dynamics")
+    if args.resume:
+        args.cotrain = read_checkpoint(args.run / "dynamics.pt", "dynamics")["origin"].get("cotrain")
+    if args.cotrain and args.bench:
+        stop("--bench times one model: leave out --cotrain (lam.py --bench times the other)")
+    clips, tokenizer, *lam = load_upstream(args, [tokenizer_stage] if args.cotrain else [tokenizer_stage, lam_stage])
+    lam, beside = begin_lam(args) if args.cotrain else (*lam, None)
     config = dict(rows=tokenizer.height // tokenizer.patch, columns=tokenizer.width // tokenizer.patch,
                   codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
                   window=args.frames) | {k: getattr(args, k) for k in MODEL}
@@ -327,24 +412,49 @@ def main(argv=None):
     model = build(**config).to(args.device)
     model.buttons.copy_(lam.vq.codebook)
     optimizer = make_optimizer(model, args.lr)
-    run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam))
+    run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam),
+              cotrain=args.cotrain or None)
     for m in (tokenizer, lam, model):
         compile_blocks(m, args)
-    tokens, actions = encode(clips, tokenizer, lam, most=4 if args.bench else None)         # the speed is the same with zeros
+    tokens, actions = encode(clips, tokenizer, None if beside else lam, args)
     net = parallel(model, args)
+    if beside:
+        run.beside, lam_net = beside, parallel(lam, args)
+        if beside.first != run.first:
+            stop(f"{beside.path} is at step {beside.first}, {run.path} at {run.first}: a save was cut short; train afresh without --resume")
 
     for step in run.steps():
-        index = clips.draw(args.batch // args.world)[:, None] + np.arange(args.frames)
+        starts = clips.draw(args.batch // args.world)
+        index = starts[:, None] + np.arange(args.frames)
         z, a = tokens[index].long(), actions[index[:, :-1]].long()       # (B, T, N), (B, T-1)
+        if beside:
+            a = lam_step(beside, lam_net, clips.at(starts), step, args)
+            model.buttons.copy_(lam.vq.codebook)
         with autocast(args):
-            loss = net(z, a, args.masking, args.noise)
+            loss = net(z, a, args.masking, args.noise, args.flaw)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.log(step, loss)
 
+    if beside:
+        beside.report(lam_stage.evaluate, fingerprint=fingerprint(lam))
     run.report(lambda model, args: evaluate(model, args, tokenizer, lam), fingerprint=fingerprint(model))
+
+
+def lam_step(run, net, x, step, args):
+    """One step of lam.py on clips x, for --cotrain: the latent actions (B, T-1). They are integers: no gradient of the dynamics
+    loss can pass through them, which is the stop-gradient of section 2.1."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.args.lr * schedule(step, run.args.steps, run.args.warmup)
+    with autocast(args):
+        loss, a, _ = net(x)
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    return a
 
 
 if __name__ == "__main__":

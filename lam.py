@@ -1,6 +1,8 @@
 """Stage 2: the latent action model (LAM, section 2.1). It discovers buttons that nobody labelled.
 
     python lam.py                            # data/platformer -> runs/platformer/lam.pt
+    python lam.py --oracle                   # the ceiling: the same encoder, told the true buttons
+    python lam.py --run runs/blind --flaw blind      # the collapse laboratory: break it, look at lam.png
 
 The encoder sees frames x_1..x_t AND x_{t+1} and may say one of 8 words, a_t. The decoder sees x_1..x_t and that word, and
 must draw x_{t+1}. Three bits are too few to describe a frame: they pay off most when they tell what the past could not,
@@ -12,6 +14,7 @@ Where it departs from the paper (each measured in the README's lab notes):
   does not. Without this, codes named the colours of the level, or "something moved" without saying which way;
 - the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
   right" by itself, and a code comes to mean "as before" or "the other way", never "right";
+- the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail.
 """
@@ -19,10 +22,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import ACTIONS, Clips, psnr, true_actions
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer, parallel,
-                      parser, patchify, perplexity, settle, unpatchify, write_atomically)
+from data import ACTIONS, Clips, displacement, psnr, true_actions
+from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer,
+                      parallel, parser, patchify, perplexity, save_figure, schedule, settle, stop, unpatchify, write_json)
+
+FLAWS = ("none",
+         "blind",           # the encoder looks one transition back: a_t is computed without x_{t+1}
+         "leak",            # the decoder's causal mask has one diagonal too many: it sees the frame that it must draw (not the last of a clip)
+         "one-way",         # every pair of frames is read forwards only, and the reading itself is quantised
+         "no-norm",         # vectors are quantised as they come, of any length
+         "no-revival",      # codes begin as random directions, and a dead one stays dead
+         "dead")            # both of these
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
@@ -37,25 +49,27 @@ KNOBS = dict(
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
     past=       (  1,      1,     1,     16, "frames that the decoder sees, the last ones before the one it draws"),
+    flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "past")
+MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "past", "flaw")
 
 
 class LatentActionModel(nn.Module):
     """Frames (B, T, H, W, C) -> one latent action per transition, (B, T-1) integers below `codes`."""
 
-    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, past):
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, past, flaw="none"):
         super().__init__()
-        self.height, self.width, self.patch, self.beta = height, width, patch, beta
+        self.height, self.width, self.patch, self.beta, self.flaw = height, width, patch, beta, flaw
         tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
         self.embed = nn.Linear(2 * pixels, dim)
         self.encoder = STTransformer(tokens, dim, layers, heads, window)
         self.to_code = nn.Linear(dim, code_dim, bias=False)
-        self.vq = VectorQuantizer(codes, code_dim)
+        self.vq = VectorQuantizer(codes, code_dim, normalise=flaw not in ("no-norm", "dead"), revive=flaw not in ("no-revival", "dead"))
         self.embed_past = nn.Linear(pixels, dim)
+        self.around = Neighbours(height // patch, width // patch, dim)
         self.embed_action = nn.Linear(code_dim, dim)
         self.decoder = STTransformer(tokens, dim, layers, heads, past)
         self.to_pixels = nn.Linear(dim, pixels)
@@ -65,15 +79,22 @@ class LatentActionModel(nn.Module):
     def features(self, x):
         """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_1..x_{t+1}."""
         p = patchify(2 * x - 1, self.patch)                              # (B, T, N, P*P*C)
+        if self.flaw == "blind":
+            p = torch.cat([p[:, :1], p[:, :-1]], 1)
         forth, back = torch.cat([p[:, :-1], p[:, 1:]], -1), torch.cat([p[:, 1:], p[:, :-1]], -1)
+        if self.flaw == "one-way":
+            return self.to_code(self.encoder(self.embed(forth)).mean(2))
         h, r = self.encoder(self.embed(torch.cat([forth, back]))).chunk(2)                # 2 x (B, T-1, N, D)
         return self.to_code((h - r).mean(2))                             # over the tokens of a frame
 
     def predict(self, x, e):
         """The next frames x_2..x_{T+1} from x_1..x_T (B, T, H, W, C) and action vectors e (B, T, code_dim)."""
         patches = patchify(2 * x - 1, self.patch)                        # (B, T, N, P*P*C)
-        h = self.embed_past(patches) + self.embed_action(e).unsqueeze(2)  # additive actions (section 2.1)
-        change = self.to_pixels(self.decoder(h)).float()
+        h = self.around(self.embed_past(patches)) + self.embed_action(e).unsqueeze(2)     # additive actions (section 2.1)
+        mask = None
+        if self.flaw == "leak":
+            mask = torch.ones(h.size(1), h.size(1), dtype=torch.bool, device=h.device).tril(1).triu(1 - self.decoder.window)
+        change = self.to_pixels(self.decoder(h, mask=mask)).float()
         return x + unpatchify(change, self.patch, self.height, self.width)
 
     def encode(self, x):
@@ -85,11 +106,11 @@ class LatentActionModel(nn.Module):
         return self.predict(x, F.embedding(a, self.vq.codebook)).clamp(0, 1)
 
     def forward(self, x):
-        """Loss of clips x, and what to watch."""
+        """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch."""
         e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
         error = F.mse_loss(self.predict(x[:, :-1], e), x[:, 1:])
         error = error / F.mse_loss(x[:, :-1], x[:, 1:])                  # 1: no better than copying the last frame
-        return error + self.beta * commitment, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
+        return error + self.beta * commitment, a, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
 
 
 def build(**config):
@@ -106,11 +127,11 @@ def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: the code in
-    which each button is purest, among transitions where it was decisive, that is, where no other would have led to that
-    frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
+    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: for each button the
+    code that goes with it best (recall times precision), among transitions where it was decisive, that is, where no other
+    would have led to that frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
     """
-    K, table = len(lam.vq.codebook), None
+    K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
     for split in ("train", "valid"):
         truth = true_actions(args.data, split)
         if truth is None:
@@ -126,7 +147,9 @@ def score_actions(lam, args, T):
             mapping = table.argmax(1)
             decisive = np.zeros_like(table)
             np.add.at(decisive, (a, true), same.sum(-1) == 1)
-            keys = (decisive / decisive.sum(1, keepdims=True).clip(0.02 * decisive.sum())).argmax(0)
+            recall = decisive / decisive.sum(0).clip(1)                  # P(code | button)
+            precision = recall / recall.sum(1, keepdims=True).clip(1e-9)  # P(button | code), were all buttons equally common
+            keys = (recall * precision).argmax(0)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
@@ -136,6 +159,45 @@ def score_actions(lam, args, T):
                   action_accuracy_se=float(hit.mean(1).std() / np.sqrt(len(hit))),
                   nmi=float(2 * info / (entropy(p.sum(0)) + entropy(p.sum(1)))), mapping=mapping.tolist(), keys=keys.tolist())
     return scores, table
+
+
+class Oracle(LatentActionModel):
+    """The same encoder, told the true buttons: what no LAM should be expected to beat."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.to_button = nn.Linear(config["code_dim"], len(ACTIONS))
+
+    def forward(self, x):
+        return self.to_button(self.vq.norm(self.features(x)))            # (B, T-1, 6)
+
+    def encode(self, x):
+        return self(x).argmax(-1)
+
+
+def score_oracle(args, clips, config):
+    """action_accuracy of a LAM trained WITH the true buttons, all else equal: the ceiling of the one trained without."""
+    known = true_actions(args.data, "train")
+    if known is None:
+        stop(f"nobody knows the true actions of {args.data}: there is no ceiling to measure")
+    buttons = torch.from_numpy(known[0]).long().to(args.device)          # (F,)
+    torch.manual_seed(args.seed)
+    model = Oracle(**config).to(args.device)
+    optimizer = make_optimizer(model, args.lr)
+    compile_blocks(model, args)
+    for step in tqdm(range(args.steps), desc="oracle", dynamic_ncols=True):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, args.steps, args.warmup)
+        starts = clips.draw(args.batch)
+        with autocast(args):
+            logits = model(clips.at(starts))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), buttons[starts[:, None] + np.arange(args.frames - 1)].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.compiler.set_stance("force_eager"):
+        return score_actions(model.eval(), args, args.frames)[0]
 
 
 @torch.no_grad()
@@ -154,6 +216,9 @@ def evaluate(lam, args):
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())
     scores |= dict(lam_gain=scores["psnr"] - scores["psnr_shuffled"], codes_in_use=int((share >= 0.02).sum()), codes=K,
                    code_perplexity=perplexity(a, K).item(), code_share=[round(s, 3) for s in share.tolist()])
+    change = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))             # (clips, T-1)
+    still = change < min(1e-4, 0.01 * change.mean())                     # a world at rest: its code is for prompts (play.py)
+    scores |= dict(still=a[still].mode().values.item() if still.float().mean() > 0.01 else None)
     known = score_actions(lam, args, T)
     if known:
         scores |= known[0]
@@ -162,57 +227,79 @@ def evaluate(lam, args):
 
 
 def picture(lam, path, x, a, known):
-    """What each code does: what the LAM's decoder makes of one frame under it, examples, and the true buttons it goes with."""
+    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons, what the
+    decoder makes of one frame under it, and examples."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     K, shown = len(lam.vq.codebook), 4
-    figure, axes = plt.subplots(K, 2 + shown, figsize=(2.2 * (2 + shown), 1.3 * K), width_ratios=[1, 1.3] + [2] * shown)
+    moved = displacement(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)).view(*a.shape, 2).float().cpu()
+    figure, axes = plt.subplots(K, 3 + shown, figsize=(2.2 * (3 + shown), 1.3 * K), width_ratios=[1, 1.5, 1] + [2] * shown, squeeze=False)
     start = x[:1, :3].expand(K, -1, -1, -1, -1)                          # (K, 3, H, W, C)
     codes = torch.cat([a[:1, :2].expand(K, -1), torch.arange(K, device=a.device)[:, None]], 1)
     drawn = lam.decode(start, codes)[:, -1]
     for k, row in enumerate(axes):
         for ax in row:
             ax.set_xticks([]), ax.set_yticks([])
-        row[0].imshow(drawn[k].cpu().numpy())
-        row[0].set_ylabel(f"code {k + 1}", fontsize=9)
+        mine = moved[a.cpu() == k].numpy()                               # (how often, 2)
+        row[0].set(xlim=(-7, 7), ylim=(7, -7))                           # image coordinates: down is positive
+        row[0].set_ylabel(f"code {k + 1}\n{len(mine) / a.numel():.0%}", fontsize=9)
+        if len(mine):
+            places, times = np.unique(mine, axis=0, return_counts=True)
+            row[0].scatter(*places.T, s=150 * times / len(mine), color="silver")
+            row[0].annotate("", mine.mean(0), (0, 0), arrowprops=dict(arrowstyle="->", color="crimson", lw=2))
         if known:
-            row[1].bar(range(len(ACTIONS)), known[1][k] / max(1, known[1][k].sum()))
-            row[1].set_ylim(0, 1)
+            share = known[1][k] / max(1, known[1][k].sum())
+            row[1].imshow(share[None], vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            for i, s in enumerate(share):
+                row[1].text(i, 0, f"{100 * s:.0f}", ha="center", va="center", fontsize=7, color="white" if s > 0.5 else "black")
+        row[2].imshow(drawn[k].cpu().numpy())
         for i, (clip, t) in enumerate((a == k).nonzero()[:: max(1, int((a == k).sum()) // shown)][:shown].tolist()):
-            row[2 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
-    axes[0, 0].set_title("one frame, every code", fontsize=8)
-    axes[0, 2].set_title("examples: frame t and frame t+1", fontsize=8)
+            row[3 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
+    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if known else "", "one frame,\nevery code", "examples: frame t and t+1"]
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=8)
     if known:
-        axes[0, 1].set_title("true buttons (held-out)", fontsize=8)
         axes[-1, 1].set_xticks(range(len(ACTIONS)), ACTIONS, rotation=90, fontsize=7)
-    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=80, bbox_inches="tight"))
+    save_figure(path, figure, "what each latent action does")
     plt.close(figure)
-    print(f"{path}: what each latent action does")
 
 
-def main(argv=None):
-    args = settle(parser(__doc__, KNOBS).parse_args(argv), "lam")
+def begin(args):
+    """What is trained, and on what: the clips, the configuration of the model."""
     # the held-out clips too: that they are too short for --frames should show now, not after training
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
-    config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    return clips, dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
+
+
+def main(argv=None):
+    p = parser(__doc__, KNOBS, flaw=FLAWS)
+    p.add_argument("--oracle", action="store_true", help="score only: the same encoder trained with the true buttons, the ceiling of action_accuracy")
+    args = settle(p.parse_args(argv), "lam")
+    clips, config = begin(args)
+    if args.oracle:
+        if args.world > 1 or args.bench or args.resume:
+            stop("--oracle is a score: it has no --bench, no --resume and one process")
+        scores = score_oracle(args, clips, config)
+        write_json(args.run / "oracle.json", scores | dict(seed=args.seed, steps=args.steps))
+        return print(f"action_accuracy with true labels: {scores['action_accuracy']:.3f} +- {scores['action_accuracy_se']:.3f} "
+                     f"(chance {scores['chance']:.3f}), nmi {scores['nmi']:.3f}; all of it in {args.run}/oracle.json")
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
-    optimizer = make_optimizer(model, args.lr)
-    run = Run("lam", args, model, optimizer, config, data=clips.name)
+    run = Run("lam", args, model, make_optimizer(model, args.lr), config, data=clips.name)
     compile_blocks(model, args)
     net = parallel(model, args)
 
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):
-            loss, watch = net(x)
-        optimizer.zero_grad()
+            loss, _, watch = net(x)
+        run.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        run.optimizer.step()
         run.log(step, loss, **watch)
 
     run.report(evaluate, fingerprint=fingerprint(model))

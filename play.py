@@ -37,9 +37,10 @@ from tqdm import tqdm
 import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, Clips, Platformer, Policy, psnr
+from data import ACTIONS, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, rollout
-from st_block import compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop, write_atomically, write_json
+from st_block import (compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
+                      write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
@@ -62,6 +63,7 @@ class Game:
         self.built_in = self.origin["data"].startswith("platformer, ")
         # the code that stands for each of data.ACTIONS, if known ...
         self.keys, self.mapping = scores.get("keys"), scores.get("mapping")         # ... and the button that each code means
+        self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
         for module in (self.dynamics, self.tokenizer.decoder):
@@ -69,12 +71,18 @@ class Game:
 
     @torch.no_grad()
     def reset(self, frame, true=None):
-        """Begin from frame (H, W, C) in [0, 1]. true: a Platformer in that very state, to be played alongside."""
+        """Begin from frame (H, W, C) in [0, 1]. true: a Platformer in that very state, to be played alongside.
+
+        One frame does not tell how fast things move, and a prompt is a picture, at rest: so, where the LAM has a code for that,
+        it is shown twice, with that code in between."""
         self.first = (frame, true and (true, true.save()))
         self.pictures.clear()
-        z = self.tokenizer.encode(frame[None, None].to(self.device))                # (1, 1, N)
-        self.world.prompt(z)
-        self.frame, self.true = self.draw(z), true
+        frames = 1 if self.still is None else 2
+        z = self.tokenizer.encode(frame.expand(1, frames, -1, -1, -1).to(self.device))      # (1, 1 or 2, N)
+        self.world.prompt(z, torch.full((1, frames - 1), self.still or 0, device=self.device))
+        for t in range(frames):
+            self.frame = self.draw(z[:, t:t + 1])
+        self.true = true
         self.undo, self.count = [], 0
         return self.frame
 
@@ -343,13 +351,6 @@ class Window:
             self.record()
 
 
-def write_gif(path, frames, fps=10, zoom=4):
-    import imageio.v2 as imageio
-    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1) for f in frames]
-    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps, loop=0))
-    print(f"{path}: {len(frames)} frames")
-
-
 # ------------------------------------------------------------------------------------------------ without a window
 
 SCRIPT = ["right"] * 10 + ["right+jump"] * 3 + ["right"] * 12 + ["left+jump"] * 2 + ["left"] * 12 + ["none"] * 4 + \
@@ -528,15 +529,6 @@ def frechet(a, b):
 
 # ------------------------------------------------------------------------------------------------ the scores
 
-def direction(before, after, most=6):
-    """How the view moved between two frames (H, W, C): the shift in pixels, of -most..most, under which they agree best."""
-    W = before.shape[1]
-    def error(dx):
-        a, b = before[:, max(0, dx):W + min(0, dx)], after[:, max(0, -dx):W - max(0, dx)]
-        return np.square(a.astype(float) - b).mean()
-    return min(range(-most, most + 1), key=lambda dx: (error(dx), abs(dx)))
-
-
 def score_arrows(game, supply, prompts=20, presses=10):
     """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left,
     right, not at all) that the true game did. One button is held for a whole prompt, in turn."""
@@ -545,9 +537,11 @@ def score_arrows(game, supply, prompts=20, presses=10):
         game.reset(*next(supply))
         button = (1, 2, 4, 5, 0)[i % 5]
         for _ in range(presses):
-            before, true = game.frame, game.true.frame() / 255.0
+            before = np.stack([game.frame, game.true.frame() / 255.0])
             game.press(game.keys[button], button)
-            hits.append(np.sign(direction(before, game.frame)) == np.sign(direction(true, game.true.frame() / 255.0)))
+            after = np.stack([game.frame, game.true.frame() / 255.0])
+            model, true = displacement(torch.from_numpy(before), torch.from_numpy(after))[:, 0].sign()
+            hits.append(bool(model == true))
     return dict(arrow_keys=float(np.mean(hits)), arrow_presses=len(hits))
 
 
@@ -626,7 +620,8 @@ def score(game, supply, args):
 @torch.no_grad()
 def bench(game, supply, args):
     """Frames/s, decoding included: with the cache, and without it, where every MaskGIT step and the decoder compute the whole window
-    of frames anew; taken in turns, since machines have moods. Then the cost of a frame as the session grows. One JSON line a row."""
+    of frames anew; taken in turns, since machines have moods. Then with the window drawn (off screen), and the cost of a frame as
+    the session grows. One JSON line a row."""
     d = game.dynamics
     past = torch.randint(d.K, (1, d.transformer.window - 1, d.N), device=game.device)
     codes = torch.zeros(1, past.size(1), dtype=torch.long, device=game.device)
@@ -641,6 +636,13 @@ def bench(game, supply, args):
         print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
                               ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
+    import matplotlib
+    matplotlib.use("Agg", force=True)
+    window = Window(game, supply, args)
+    window.figure.canvas.draw()
+    window.held["1"] = True
+    pixels = "x".join(map(str, window.figure.canvas.get_width_height()))
+    print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40), 1), window=pixels, **about)))
     game.restart()
     for upto in (20, 200, 2000):
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):

@@ -24,6 +24,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -48,6 +49,23 @@ def unpatchify(x, P, H, W):
     B, T, N, _ = x.shape
     x = x.view(B, T, H // P, W // P, P, P, -1).permute(0, 1, 2, 4, 3, 5, 6)     # (B, T, H/P, P, W/P, P, C)
     return x.reshape(B, T, H, W, -1)
+
+
+class Neighbours(nn.Module):
+    """What lies around each token of a frame: x plus a 3x3 convolution of x over the grid of patches, (B, T, N, D) -> the same.
+
+    From frame to frame most things move by a few pixels, to where a neighbour was. Attention can learn to fetch it from
+    there, place by place, from position embeddings; here that is given, as it is to a convolutional network.
+    """
+
+    def __init__(self, rows, columns, dim):
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, D, rows, columns)
+        return x + self.conv(grid).permute(0, 2, 3, 1).reshape(x.shape)
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -234,18 +252,19 @@ class VectorQuantizer(nn.Module):
       online, in place of the codebook loss |sg(z) - e_k|^2, whose gradient is too slow for a run of minutes.
     - A dead code (hardly chosen of late) is moved onto a random vector of the batch, plus noise. Copying a *live code*
       would do nothing: the two would tie for ever.
+    normalise, revive: False leaves out the first or the last of these, to see what they are for.
     """
 
-    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05):
+    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05, normalise=True, revive=True):
         super().__init__()
-        self.decay, self.dead, self.noise = decay, dead, noise
+        self.decay, self.dead, self.noise, self.normalise = decay, dead if revive else 0.0, noise, normalise
         start = F.rms_norm(torch.randn(codes, dim), (dim,))
         self.register_buffer("codebook", start.clone())                          # (K, dim)
         self.register_buffer("mean_sum", start.clone())                          # running sum of the vectors of a code
-        self.register_buffer("mean_count", torch.zeros(codes))                   # running count of them, per batch
+        self.register_buffer("mean_count", torch.full((codes,), 0.0 if revive else 1.0))     # running count of them, per batch
 
     def norm(self, z):
-        return F.rms_norm(z, (z.size(-1),))
+        return F.rms_norm(z, (z.size(-1),)) if self.normalise else z
 
     def nearest(self, z):
         """Indices (...) of the codes nearest to the normalised z (..., dim)."""
@@ -278,7 +297,8 @@ class VectorQuantizer(nn.Module):
         fair = M / K * 0.2                                                       # time enough to prove itself
         self.mean_sum.copy_(torch.where(dead, fresh * fair, self.mean_sum))
         self.mean_count.copy_(torch.where(dead[:, 0], torch.full_like(self.mean_count, fair), self.mean_count))
-        self.codebook.copy_(self.mean_sum / self.mean_count[:, None])
+        used = self.mean_count[:, None] > 1e-6                                   # without revival, some are not
+        self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
 
 
 def perplexity(index, K):
@@ -492,12 +512,12 @@ class Run:
     """What a training loop needs besides its mathematics: steps with a progress bar, Ctrl-C, saving, resuming.
 
     Every step seeds torch with (seed, step, rank), so a resumed run draws the very numbers it would have drawn, and ends
-    bit-identical to one never interrupted (same machine, same seed).
+    bit-identical to one never interrupted (same machine, same seed). `beside`: the Run of a model trained in the same loop.
     """
 
     def __init__(self, stage, args, model, optimizer, config, **origin):
         self.stage, self.args, self.model, self.optimizer = stage, args, model, optimizer
-        self.config, self.origin = config, origin
+        self.config, self.origin, self.beside = config, origin, None
         self.path = args.run / f"{stage}.pt"
         self.first, self.seconds, self.replaced = 0, 0.0, args.resume
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
@@ -518,6 +538,10 @@ class Run:
     def save(self, step, **extra):
         if not all(p.isfinite().all() for p in self.model.parameters()):
             stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
+        if self.beside:
+            self.beside.began, self.beside.seconds = self.began, self.seconds
+            self.beside.save(step, fingerprint=fingerprint(self.beside.model))
+            self.origin[self.beside.stage] = fingerprint(self.beside.model)
         if self.args.rank == 0:
             if not self.replaced and self.path.exists():         # what an earlier run left is kept, once
                 os.replace(self.path, self.path.with_suffix(".old.pt"))
@@ -609,7 +633,7 @@ class Run:
     def report(self, evaluate, **more):
         """Score the finished model; print the scores and write them to NAME.json beside the checkpoint."""
         args = self.args
-        if args.world > 1:
+        if args.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if args.rank > 0:
             return
@@ -636,3 +660,17 @@ def save_picture(path, image, title):
     pixels = (image.clamp(0, 1) * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
     write_atomically(path, lambda f: imageio.imwrite(f, pixels, format="png"))
     print(f"{path}: {title}")
+
+
+def save_figure(path, figure, title):
+    """Write a matplotlib figure as a PNG, and say what it shows."""
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=80, bbox_inches="tight"))
+    print(f"{path}: {title}")
+
+
+def write_gif(path, frames, fps=10, zoom=4):
+    """Write frames, (H, W, C) arrays in [0, 1], as a GIF, enlarged without smoothing."""
+    import imageio.v2 as imageio
+    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1) for f in frames]
+    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps, loop=0))
+    print(f"{path}: {len(frames)} frames")

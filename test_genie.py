@@ -35,9 +35,10 @@ def small_tokenizer(seed=0, window=4):
     return tok.Tokenizer(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=24, code_dim=8, beta=0.25).eval()
 
 
-def small_lam(seed=0, window=4, past=4):
+def small_lam(seed=0, window=4, past=4, flaw="none"):
     torch.manual_seed(seed)
-    m = lam_stage.LatentActionModel(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05, past=past).eval()
+    m = lam_stage.LatentActionModel(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05, past=past,
+                                    flaw=flaw).eval()
     torch.nn.init.normal_(m.to_pixels.weight, std=0.1)          # it starts at zero: nothing would depend on anything
     return m
 
@@ -197,6 +198,31 @@ def test_lam_training_does_not_leak_the_target():
     assert torch.equal(seen[0], x[:, :-1])
 
 
+@torch.no_grad()
+def test_the_collapse_laboratory_breaks_what_it_says():
+    """Each flaw of lam.py violates the very property that the tests above hold the LAM to."""
+    x = torch.rand(1, 5, 32, 32, 3)
+    y = x.clone()
+    y[:, 3] = torch.rand(32, 32, 3)                                              # x_4
+    m = small_lam(flaw="blind")
+    assert changed(m.features(x), m.features(y), 1) == [False, False, False, True], "a_3 was computed without x_4"
+    m, a = small_lam(past=1, flaw="leak"), torch.randint(8, (1, 4))
+    assert changed(m.decode(x[:, :-1], a), m.decode(y[:, :-1], a), 1)[2], "x_4 was drawn from x_4"
+    still = x[:, :1].expand(-1, 3, -1, -1, -1)
+    rest = lambda flaw: small_lam(flaw=flaw).features(still).abs().max()
+    assert rest("none") < 1e-5 < rest("one-way"), "only a difference of readings is 0 at rest"
+    z = torch.randn(64, 8)
+    norms = lambda flaw: small_lam(flaw=flaw).vq.norm(z).square().mean(-1)
+    assert torch.allclose(norms("none"), torch.ones(64)) and not torch.allclose(norms("no-norm"), torch.ones(64), atol=0.1)
+    used = {}
+    for flaw in ("none", "no-revival"):
+        vq = small_lam(flaw=flaw).vq.train()
+        for _ in range(300):
+            vq(z[:2].repeat(32, 1) + 0.3 * torch.randn(64, 8))                  # two clusters: codes elsewhere die
+        used[flaw] = len(vq(z[:2].repeat(32, 1) + 0.3 * torch.randn(64, 8))[1].unique())
+    assert used["no-revival"] < used["none"] == 8
+
+
 @pytest.mark.parametrize("action", ["add", "prepend"])
 @torch.no_grad()
 def test_action_reaches_the_frame_it_leads_to_and_not_before(action):
@@ -213,6 +239,24 @@ def test_dynamics_is_causal():
     w = z.clone()
     w[:, 3] = m.MASK                                                            # frame 5 is drawn over it, frame 3 is not
     assert changed(m.logits(z, m.actions(a)), m.logits(w, m.actions(a)), 1)[:4] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("masking", ["frames", "streams"])
+def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
+    """The loss of frame 2 must not move with frame 4, which has not happened yet; with the flaw it does."""
+    m, a = small_dynamics(), torch.randint(8, (4, 5))
+    z = torch.randint(24, (4, 6, 16))
+    w = z.clone()
+    w[:, 3] = (z[:, 3] + 1) % 24
+    answers, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda p, t: answers.append(p.unflatten(0, (4, -1, 16))) or cross_entropy(p, t))
+    for flaw in ("none", "acausal"):
+        answers.clear()
+        for clip in (z, w):
+            torch.manual_seed(0)
+            m(clip, a, masking, 0.0, flaw)
+        frame_2 = slice(0, 1) if masking == "streams" else slice(1, 2)           # streams are scored from frame 2 on
+        assert torch.equal(*(x[:, frame_2] for x in answers)) == (flaw == "none")
 
 
 # ------------------------------------------------------------------------------------------------ masking
@@ -326,6 +370,16 @@ def test_confidence_commits_the_likeliest_first():
     assert first > 45
 
 
+def test_film_of_the_unmasking(monkeypatch):
+    films = []
+    monkeypatch.setattr(dyn, "write_gif", lambda path, frames, **_: films.append(torch.from_numpy(np.stack(frames))))
+    args = SimpleNamespace(temperature=1.0, order="random", run=Path("."))
+    dyn.unmasking(small_dynamics(), small_tokenizer(), small_lam(), torch.rand(1, 5, 32, 32, 3), args, frames=3, steps=5)
+    grey = (st.patchify(films[0][None, 4:], 8) == 0.5).all(-1)[0].unflatten(0, (3, 5))               # (frames, steps, N)
+    assert grey[:, 0].any(-1).all() and not grey[:, -1].any(), "the first step leaves holes, the last none"
+    assert not (grey[:, 1:] & ~grey[:, :-1]).any(), "what is drawn is never masked again"
+
+
 @pytest.mark.parametrize("action, canvas", [("add", "last"), ("add", "blank"), ("prepend", "last")])
 def test_cached_sampling_equals_full_recomputation(action, canvas):
     """Same seed, same tokens, well past the window, in one pass a MaskGIT step; and pixels decoded one by one equal those decoded together."""
@@ -431,23 +485,39 @@ def test_clips_never_cross_an_episode(platformer):
     assert np.allclose(clips.at(starts)[3, 5].numpy() * 255, clips.frames[starts[3] + 5])
 
 
-def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer):
-    """Every frame and every transition of every episode gets its token and action, none that leads into another episode."""
+def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer, tmp_path):
+    """Every frame and every transition of every episode gets its token and action, none that leads into another episode.
+    The second time nothing is encoded, unless it was another tokenizer."""
+    args = SimpleNamespace(device=torch.device("cpu"), compile="off", run=tmp_path, rank=0, bench=False)
     clips = data.Clips(platformer / "data/platformer", "valid", 4)
     t, m = small_tokenizer(), small_lam()
     t.encode = lambda x: (255 * x.mean((2, 3, 4), keepdim=True)[..., 0, 0]).expand(-1, -1, t.tokens).round()      # (B, T, N)
     m.encode = lambda x: (255 * (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4))).round()                             # (B, T-1)
-    z, a = dyn.encode(clips, t, m)
+    z, a = dyn.encode(clips, t, m, args)
     x = torch.from_numpy(np.array(clips.frames)).float()
     assert torch.equal(z[:, 0].float(), x.mean((1, 2, 3)).round())
     move = (x[1:] - x[:-1]).abs().mean((1, 2, 3)).round()
     move[79::80] = 0
     assert (a[:-1] - move).abs().max() <= 1 and move.max() > 5
+    t.encode = m.encode = None
+    assert all(torch.equal(*pair) for pair in zip((z, a), dyn.encode(clips, t, m, args)))
+    with pytest.raises(TypeError):
+        dyn.encode(data.Clips(platformer / "data/platformer", "valid", 5), t, m, args)
+    t.vq.codebook += 1
+    with pytest.raises(TypeError):
+        dyn.encode(clips, t, m, args)
 
 
 def test_validation_levels_are_never_trained_on(platformer):
     seeds = [set(data.true_actions(platformer / "data/platformer", s)[2].tolist()) for s in ("train", "valid")]
     assert not seeds[0] & seeds[1] and len(seeds[0]) == 60
+
+
+def test_displacement_is_that_of_the_camera():
+    wide = torch.rand(2, 32, 48, 3)
+    view = lambda x, y: wide[:, y:y + 20, x:x + 20]
+    for move in ((0, 0), (4, 0), (-2, 0), (3, -5)):
+        assert data.displacement(view(10, 6), view(10 + move[0], 6 + move[1])).tolist() == [list(move)] * 2
 
 
 def test_psnr():
@@ -553,7 +623,7 @@ def test_every_stage_overfits_one_batch(stage):
         batch = lambda: m(game)[0]
     elif stage == "lam":
         m = lam_stage.LatentActionModel(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05, past=1)
-        loss = lambda: m(game)[1]["error"]
+        loss = lambda: m(game)[2]["error"]
         batch = lambda: m(game)[0]
     else:
         m = dyn.Dynamics(rows=4, columns=4, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last")
@@ -589,6 +659,71 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k])
                for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
+
+
+def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
+    """The dynamics' backward pass leaves the LAM's gradients alone, and whatever the dynamics learns, the LAM beside it comes out
+    the same to the bit. The dynamics names and uses that LAM, and an interrupted pair goes on together."""
+    lams, kept, lam_step, log = [], [], dyn.lam_step, st.Run.log
+
+    def step_and_keep(run, *rest):
+        a = lam_step(run, *rest)
+        kept[:] = [(p, p.grad.clone()) for p in run.model.parameters()]
+        return a
+
+    def check_and_log(self, *rest, **more):
+        assert self.stage != "dynamics" or all(torch.equal(p.grad, g) for p, g in kept), "the dynamics loss reached the LAM"
+        log(self, *rest, **more)
+
+    monkeypatch.setattr(dyn, "lam_step", step_and_keep)
+    monkeypatch.setattr(st.Run, "log", check_and_log)
+    data.build_platformer(tmp_path / "small", 2, 40, 0, False)
+    few = ["--size", "test", "--steps", "8", "--batch", "4", "--scored", "4", "--data", str(tmp_path / "small")]
+    for lr in ("3e-3", "1e-5"):
+        folder = ["--run", str(tmp_path / lr)]
+        tok.main(few + folder)
+        dyn.main(few + folder + ["--cotrain", "--lr", lr])
+        lam, _ = st.load_model(tmp_path / lr / "lam.pt", lam_stage.build, "lam")
+        dynamics, ckpt = st.load_model(tmp_path / lr / "dynamics.pt", dyn.build, "dynamics")
+        assert ckpt["origin"]["lam"] == st.fingerprint(lam) and torch.equal(dynamics.buttons, lam.vq.codebook)
+        about = json.loads((tmp_path / lr / "lam.json").read_text())
+        assert about["steps"] == 8 and about["seconds"] > 0
+        lams.append(lam)
+    assert len(kept) > 10
+    assert lam.to_pixels.weight.any(), "it began at zero: the LAM has learned"
+    assert st.fingerprint(lams[0]) == st.fingerprint(lams[1])
+    steps, stopped = st.Run.steps, []
+
+    def interrupted(self):
+        for step in steps(self):
+            self.stopped = step == 3 and not stopped
+            yield step
+
+    monkeypatch.setattr(st.Run, "steps", interrupted)
+    with pytest.raises(SystemExit):
+        dyn.main(few + folder + ["--cotrain", "--lr", lr])
+    stopped.append(True)
+    before = st.fingerprint(st.load_model(tmp_path / lr / "lam.pt", lam_stage.build, "lam")[0])
+    dyn.main(["--data", few[-1], *folder, "--resume"])
+    after = [st.load_model(tmp_path / lr / f"{n}.pt", s.build, n)[0] for n, s in (("lam", lam_stage), ("dynamics", dyn))]
+    assert before != st.fingerprint(lam) == st.fingerprint(after[0]) and st.fingerprint(dynamics) == st.fingerprint(after[1])
+
+
+def test_flaw_late_attaches_actions_one_frame_late():
+    m, z, a = small_dynamics(), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
+
+    def loss(a, flaw="none"):
+        torch.manual_seed(0)
+        return m(z, a, "streams", 0.0, flaw).item()
+
+    assert loss(a, "late") == loss(torch.cat([a[:, :1] * 0, a[:, :-1]], 1)) != loss(a)
+
+
+def test_oracle_knows_the_buttons(tmp_path, platformer):
+    lam_stage.main(["--size", "test", "--steps", "80", "--data", str(platformer / "data/platformer"), "--run", str(tmp_path), "--oracle"])
+    found = json.loads((tmp_path / "oracle.json").read_text())
+    assert found["action_accuracy"] > found["chance"] + 2 * found["action_accuracy_se"]
+    assert not (tmp_path / "lam.pt").exists(), "it is a score, not a model to be used"
 
 
 @pytest.mark.parametrize("size", ["gpu", "coinrun"])
@@ -659,6 +794,8 @@ def test_every_stage_writes_checkpoint_scores_and_picture(world):
         for kind in ("pt", "json", "png"):
             assert (world / f"runs/platformer/{stage}.{kind}").stat().st_size > 500
         assert {"steps", "seconds", "device", "seed", "parameters"} <= scores(world, stage).keys()
+    assert (world / "runs/platformer/delta_psnr.png").stat().st_size > 500
+    assert (world / "runs/platformer/maskgit.gif").stat().st_size > 500
     assert scores(world, "dynamics")["tokenizer"] == scores(world, "tokenizer")["fingerprint"]
 
 
@@ -701,6 +838,19 @@ def test_play_without_a_display_writes_its_files(world, tmp_path):
     assert len(film) >= 60, "rollouts go on past the 16 frames of training"
     assert any(not np.array_equal(film[0], f) for f in film[1:])
     assert imageio.imread(world / "runs/platformer/buttons.png").ndim == 3
+
+
+@torch.no_grad()
+def test_a_prompt_is_a_world_at_rest(world):
+    args = SimpleNamespace(prompt=None, seed=0, data=Path("data/platformer"), run=world / "runs/platformer", device="cpu", compile="off")
+    game = play.Game(args.run, args, steps=1, temperature=0.0)
+    assert game.still == scores(world, "lam")["still"] is not None, "the built-in game stands still often enough to have a code for it"
+    frame, _ = next(play.starts(args, game))
+    game.reset(frame)
+    z = game.tokenizer.encode(frame.expand(1, 2, -1, -1, -1))
+    alone = dyn.rollout(game.dynamics, z, torch.tensor([[game.still, 3]]), cached=False, steps=1, temperature=0.0)
+    game.press(3)
+    assert torch.allclose(torch.from_numpy(game.frame), game.tokenizer.decode(alone)[0, -1], atol=1e-4)
 
 
 def test_shipped_world_plays(tmp_path):
