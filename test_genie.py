@@ -642,7 +642,7 @@ def test_every_stage_overfits_one_batch(stage):
 def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
     def command(folder, *more):
-        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--data",
+        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
                 str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more]
     assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
     process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -748,7 +748,7 @@ def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypat
     monkeypatch.setattr(np, "load", lambda path, *rest, **more: opened.append(len(steps)) or load(path, *rest, **more))
     steps, log = [], st.Run.log
     monkeypatch.setattr(st.Run, "log", lambda self, step, loss, **watch: steps.append(step) or log(self, step, loss, **watch))
-    few = ["--size", "test", "--steps", "12", "--data", str(folder), "--run", str(tmp_path / "with")]
+    few = ["--size", "test", "--steps", "12", "--scored", "8", "--data", str(folder), "--run", str(tmp_path / "with")]
     for stage in (tok, lam_stage, dyn):
         steps.clear(), opened.clear()
         stage.main(few)
