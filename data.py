@@ -367,19 +367,19 @@ class Clips:
         try:
             self.meta = json.loads((root / "meta.json").read_text())
             shape, lengths = self.meta["frame"], self.meta["episodes"][split]
-            frames = np.memmap(root / f"{split}.u8", np.uint8, "r")
+            frames = np.memmap(self.path, np.uint8, "r")
             self.frames = frames.reshape(-1, *shape)                             # (F, H, W, C)
         except OSError:
             stop(f"{root} is no data set; make one with: python data.py" + (" --name " + root.name if root.name != "platformer" else ""))
         except (ValueError, KeyError) as e:
             stop(f"{root} is damaged ({e}); {again}")
         if len(self.frames) != sum(lengths):
-            stop(f"{root}/{split}.u8 holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {again}")
+            stop(f"{self.path} holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {again}")
         ends = np.cumsum(lengths)
         self.episodes = [(e - n, e) for e, n in zip(ends, lengths) if n >= T]
         self.starts = np.concatenate([np.arange(e - n, e - T + 1) for e, n in zip(ends, lengths)])
         if len(self.starts) == 0:
-            stop(f"no episode in {root}/{split}.u8 has the {T} frames that a clip needs")
+            stop(f"no episode in {self.path} has the {T} frames that a clip needs")
         if self.device.type == "cuda" and self.frames.nbytes < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             self.frames = torch.from_numpy(np.array(self.frames)).to(self.device)
 

@@ -10,11 +10,11 @@ Action a_{t-1} leads from frame t-1 to frame t and is added to every token of fr
 Where it departs from the paper (each measured in the README's lab notes):
 - a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus what was in its place and
   around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
-  canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it;
-- how the past looks in training. The paper masks half of it or more (`--masking paper`), and plays with a clean past. Our
-  default trains the way it plays, with two streams in one pass: a clean copy of the clip, and a masked copy whose frame t
-  looks at frames 1..t-1 of the clean copy. Some clean tokens are replaced at random, so that the model learns to live with
-  its own mistakes (GameNGen's remedy, in tokens).
+  canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
+  never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
+  of a clip is a lesson: other ways of masking (`--masking`), closer to play, learn half as much in the same minutes;
+- some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
+  (GameNGen's remedy, in tokens).
 """
 import math
 
@@ -36,7 +36,7 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,   3600, 30000, 200000, "training steps"),
+    steps=      (500,   4500, 30000, 200000, "training steps"),
     batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
@@ -44,7 +44,7 @@ KNOBS = dict(
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
     canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
-    masking=    ("streams", "streams", "streams", "paper", "how clips are masked in training: streams, frames or paper"),
+    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
     lr=         (3e-3,  8e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
@@ -102,7 +102,12 @@ class Dynamics(nn.Module):
         return self.head(self.features(*args, **kwargs))
 
     def forward(self, z, a, masking, noise, flaw="none"):
-        """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1)."""
+        """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1).
+
+        masking: `paper`: half or more of every frame (section 2.1). `frames`: as in play, a clean past, of random length, and
+        frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, at twice the cost:
+        a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
+        """
         B, T, N = z.shape
         e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
         if masking == "paper":                                           # one rate for a clip, U(0.5, 1)
@@ -253,8 +258,9 @@ def sampling_of(args):
 def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=32):
     """PSNR with inferred actions, with random ones, and of the first frame kept, at generated frames 1..frames.
 
-    One real frame is the prompt (play shows it twice, at rest; a frame of a clip need not be); x^ follows the actions inferred from the clip, x^' uniformly
-    random ones. Three tensors (clips, frames). delta_t PSNR (section 3, Metrics) is the first minus the second at t = 4.
+    One real frame is the prompt (play shows it twice, at rest; a frame of a clip need not be); x^ follows the actions
+    inferred from the clip, x^' uniformly random ones. Three tensors (clips, frames). delta_t PSNR (section 3, Metrics) is
+    the first minus the second at t = 4.
     """
     generator = torch.Generator().manual_seed(0)
     result = []
@@ -394,7 +400,7 @@ def build(**config):
 
 
 def main(argv=None):
-    words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("streams", "frames", "paper"),
+    words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("paper", "frames", "streams"),
                  order=("random", "confidence"), flaw=FLAWS)
     p = parser(__doc__, KNOBS, **words)
     p.add_argument("--cotrain", action="store_true", help="train a LAM along with it (section 2.1), instead of loading lam.pt")

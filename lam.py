@@ -16,7 +16,8 @@ Where it departs from the paper (each measured in the README's lab notes):
   right" by itself, and a code comes to mean "as before" or "the other way", never "right";
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
-- the error is measured in units of the error of copying, so that the commitment loss stays a detail.
+- the error is the root of each frame's mean square, so that small movements count too, in units of the error of copying, so that
+  the commitment loss stays a detail.
 """
 import numpy as np
 import torch
@@ -108,9 +109,14 @@ class LatentActionModel(nn.Module):
     def forward(self, x):
         """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch."""
         e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
-        error = F.mse_loss(self.predict(x[:, :-1], e), x[:, 1:])
-        error = error / F.mse_loss(x[:, :-1], x[:, 1:])                  # 1: no better than copying the last frame
+        error = rms(self.predict(x[:, :-1], e), x[:, 1:]) / rms(x[:, :-1], x[:, 1:])      # 1: no better than copying the last frame
         return error + self.beta * commitment, a, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
+
+
+def rms(x, y):
+    """Root mean square error of each frame (B, T, H, W, C), then the mean. By the mean square, a jump on the spot would hardly count
+    beside a view that scrolls. The 1e-4: a frame at 40 dB is good enough."""
+    return ((x - y).square().mean((2, 3, 4)) + 1e-4).sqrt().mean()
 
 
 def build(**config):
@@ -127,9 +133,10 @@ def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. `keys` is the way back, for playing: for each button the
-    code that goes with it best (recall times precision), among transitions where it was decisive, that is, where no other
-    would have led to that frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
+    that button would have led the true game to the very same next frame. For playing, only transitions count where the button
+    was decisive, that is, where no other would have led to that frame (a jump is not, in the air): `meaning` is the button that
+    each code most often goes with there, `keys` the way back: for each button the code that goes with it best (recall times
+    precision). Returns (scores, table of counts code x button) or None.
     """
     K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
     for split in ("train", "valid"):
@@ -137,7 +144,7 @@ def score_actions(lam, args, T):
         if truth is None:
             return None
         data = Clips(args.data, split, T, args.device)
-        starts = data.spread(args.scored)
+        starts = data.spread(args.scored * (8 if split == "train" else 1))       # a decisive jump is rare: keys need many clips
         a = actions_of(lam, data.at(starts)).cpu().numpy()               # (clips, T-1)
         at = starts[:, None] + np.arange(T - 1)
         true, same = truth[0][at], truth[1][at]                          # (clips, T-1), (clips, T-1, 6)
@@ -150,6 +157,7 @@ def score_actions(lam, args, T):
             recall = decisive / decisive.sum(0).clip(1)                  # P(code | button)
             precision = recall / recall.sum(1, keepdims=True).clip(1e-9)  # P(button | code), were all buttons equally common
             keys = (recall * precision).argmax(0)
+            meaning = np.where(decisive.any(1), decisive.argmax(1), mapping)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
@@ -157,7 +165,8 @@ def score_actions(lam, args, T):
     hit = np.take_along_axis(same, mapping[a][..., None], 2)[..., 0]
     scores = dict(action_accuracy=float(hit.mean()), chance=float(same.mean((0, 1)).max()),
                   action_accuracy_se=float(hit.mean(1).std() / np.sqrt(len(hit))),
-                  nmi=float(2 * info / (entropy(p.sum(0)) + entropy(p.sum(1)))), mapping=mapping.tolist(), keys=keys.tolist())
+                  nmi=float(2 * info / (entropy(p.sum(0)) + entropy(p.sum(1)))), mapping=mapping.tolist(),
+                  meaning=meaning.tolist(), keys=keys.tolist())
     return scores, table
 
 

@@ -38,8 +38,8 @@ import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, displacement, psnr
-from dynamics import World, delta_psnr, rollout
-from st_block import (compile_blocks, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
+from dynamics import World, delta_psnr, rollout, sampling_of
+from st_block import (SIZES, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
@@ -51,23 +51,26 @@ ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the bu
 class Game:
     """A learned world in play: press a code, get a frame. For the built-in game the true one may run beside it."""
 
-    def __init__(self, folder, args, **sampling):
-        device = args.device
-        self.tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
-        self.dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
-        scores = read_scores(folder / "lam.json")
-        for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint", made["origin"]["lam"]))):
-            if made["origin"][stage] != found:
-                stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py")
-        self.device, self.K, self.origin = device, len(self.dynamics.buttons), made["origin"]
+    def __init__(self, models, args, **sampling):
+        """models: what `load` or `untrained` returns. sampling: see World."""
+        self.tokenizer, self.dynamics, self.origin, scores = models
+        self.device, self.K = args.device, len(self.dynamics.buttons)
         self.built_in = self.origin["data"].startswith("platformer, ")
         # the code that stands for each of data.ACTIONS, if known ...
-        self.keys, self.mapping = scores.get("keys"), scores.get("mapping")         # ... and the button that each code means
+        self.keys, self.meaning = scores.get("keys"), scores.get("meaning")         # ... and the button that each code means
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
-        for module in (self.dynamics, self.tokenizer.decoder):
-            compile_blocks(module, args)
+        if args.compile == "on":                                # a frame is hundreds of small operations: all of a step in one graph
+            how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            self.dynamics.logits = torch.compile(self.dynamics.logits, **how)
+            self.tokenizer.decode = torch.compile(self.tokenizer.decode, **how)
+
+    def assign(self, none, left, right, up):
+        """Give the arrow keys their codes by hand: for worlds whose true buttons nobody knows."""
+        if not all(1 <= k <= self.K for k in (none, left, right, up)):
+            stop(f"--keys {none} {left} {right} {up}: this world has the codes 1 to {self.K}")
+        self.keys = [k - 1 for k in (none, left, right, up, up, up)]                # in the order of data.ACTIONS
 
     @torch.no_grad()
     def reset(self, frame, true=None):
@@ -128,6 +131,26 @@ class Game:
             self.world.restore(past)
             self.pictures.restore(drawn)
         return np.stack(frames)
+
+
+def load(folder, device):
+    """The models in a run folder, for Game: (tokenizer, dynamics, what they were made of, the LAM's scores)."""
+    tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
+    dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
+    scores = read_scores(folder / "lam.json")
+    for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint", made["origin"]["lam"]))):
+        if made["origin"][stage] != found:
+            stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py")
+    return tokenizer, dynamics, made["origin"], scores
+
+
+def untrained(size, device):
+    """The same with random weights, for frames of 64x64: all that it takes to know how fast a size plays."""
+    t, a, d = ({k: v[SIZES.index(size)] for k, v in stage.KNOBS.items()} for stage in (tokenizer_stage, lam_stage, dynamics_stage))
+    tokenizer = tokenizer_stage.build(height=64, width=64, window=t["frames"], **{k: t[k] for k in tokenizer_stage.MODEL})
+    dynamics = dynamics_stage.build(rows=64 // t["patch"], columns=64 // t["patch"], codes=t["codes"], buttons=a["codes"],
+                                    code_dim=a["code_dim"], window=d["frames"], **{k: d[k] for k in dynamics_stage.MODEL})
+    return *(m.to(device).eval().requires_grad_(False) for m in (tokenizer, dynamics)), dict(data="platformer, not learned"), {}
 
 
 def starts(args, game):
@@ -223,7 +246,7 @@ class Window:
     def label(self, code):
         """`3` or `3 right`: a code's key, and the button it was found to mean."""
         keys = self.game.keys or []
-        return " ".join([str(code + 1)] + [a for a, k in zip(ACTIONS, keys) if k == code])
+        return " ".join([str(code + 1)] + [a for a, k in zip(ACTIONS, keys) if k == code][:1])
 
     # -------------------------------------------------------------------------------- keys
 
@@ -559,7 +582,7 @@ def score_counterfactual(game, supply, prompts=32):
     for _ in tqdm(range(prompts), desc="every button", dynamic_ncols=True):
         game.reset(*next(supply))
         start, drawn, state = game.first[0], game.every_button(), game.true.save()
-        for k, button in enumerate(game.mapping):
+        for k, button in enumerate(game.meaning):
             game.true.step(button)
             truth = torch.from_numpy(game.true.frame()).float() / 255
             game.true.restore(state)
@@ -598,7 +621,7 @@ def score(game, supply, args):
     same_data(args, game)
     if fingerprint(lam) != game.origin["lam"]:
         stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
-    sampling = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
+    sampling = sampling_of(args)
     result = dict(sampling, seed=args.seed)
     longest = max(Clips(args.data, "valid", 1).meta["episodes"]["valid"])
     for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
@@ -626,19 +649,21 @@ def score(game, supply, args):
 @torch.no_grad()
 def bench(game, supply, args):
     """Frames/s, decoding included: with the cache, and without it, where every MaskGIT step and the decoder compute the whole window
-    of frames anew; taken in turns, since machines have moods. Then with the window drawn (off screen), and the cost of a frame as
-    the session grows. One JSON line a row."""
+    of frames anew; taken in turns, since machines have moods (a frame of more than a second: once). Then with the window drawn (off
+    screen), and the cost of a frame as the session grows. One JSON line a row."""
     d = game.dynamics
     past = torch.randint(d.K, (1, d.transformer.window - 1, d.N), device=game.device)
     codes = torch.zeros(1, past.size(1), dtype=torch.long, device=game.device)
-    about = dict(device=str(game.device), threads=torch.get_num_threads(), compile=args.compile)
+    about = dict(size=args.size, device=str(game.device), threads=torch.get_num_threads(), compile=args.compile)
     game.reset(*next(supply))
+    turns, fast, slow = 5, 0, 0
     for steps in (1, 4, 8, 25):
         game.world.steps = steps
-        sampling = dict(steps=steps, temperature=args.temperature, order=args.order)
+        sampling = sampling_of(args) | dict(steps=steps)
         whole = lambda: game.tokenizer.decode(rollout(d, past, codes, cached=False, **sampling))[0, -1].cpu()
-        turns = [(seconds(lambda: game.press(0), 9), seconds(whole, 3)) for _ in range(5)]
-        fast, slow = (sorted(column)[2] for column in zip(*turns))
+        rows = [(seconds(lambda: game.press(0), 9 if fast < 1 else 1), seconds(whole, 3 if slow < 1 else 1)) for _ in range(turns)]
+        fast, slow = (sorted(column)[turns // 2] for column in zip(*rows))
+        turns = 5 if slow < 1 else 1
         print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
                               ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
@@ -650,7 +675,7 @@ def bench(game, supply, args):
     pixels = "x".join(map(str, window.figure.canvas.get_width_height()))
     print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40), 1), window=pixels, **about)))
     game.restart()
-    for upto in (20, 200, 2000):
+    for upto in (20, 200, 2000) if fast < 1 else ():
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
             game.press(i % game.K)
         print(json.dumps(dict(after_frames=upto, milliseconds_per_frame=round(1000 * seconds(lambda: game.press(0), 20), 2),
@@ -677,6 +702,8 @@ def main(argv=None):
     p.add_argument("--data", type=Path, default=Path("data/platformer"), help="where starting frames of your own videos come from")
     p.add_argument("--run", type=Path, help="folder of the trained world (default: runs/NAME OF THE DATA, else assets/)")
     p.add_argument("--prompt", type=Path, help="begin from this picture")
+    p.add_argument("--keys", type=int, nargs=4, metavar=("NONE", "LEFT", "RIGHT", "UP"),
+                   help="the codes (1, 2, ...) that no key and the arrow keys stand for, where nobody knows the true buttons")
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
@@ -688,6 +715,7 @@ def main(argv=None):
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
     p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")
+    p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
     if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1:
@@ -696,13 +724,18 @@ def main(argv=None):
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
     args.folder = args.run = args.run or Path("runs") / args.data.name
-    if not (args.folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer"):
+    if not (args.folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer") and not args.size:
         args.folder = ASSETS
         print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
+    if args.size and not args.bench:
+        stop("--size is for --bench; a trained world has the size that it was trained at")
     if args.export:
         return export(args)
     torch.manual_seed(args.seed)
-    game = Game(args.folder, args, steps=args.maskgit, temperature=args.temperature, order=args.order)
+    models = untrained(args.size, args.device) if args.size else load(args.folder, args.device)
+    game = Game(models, args, **sampling_of(args))
+    if args.keys:
+        game.assign(*args.keys)
     supply = starts(args, game)
     if args.bench:
         return bench(game, supply, args)

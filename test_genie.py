@@ -726,6 +726,18 @@ def test_oracle_knows_the_buttons(tmp_path, platformer):
     assert not (tmp_path / "lam.pt").exists(), "it is a score, not a model to be used"
 
 
+def test_a_perfect_lam_is_scored_as_one(platformer, monkeypatch):
+    """Codes that are the buttons, in reverse: all right, and each key finds its code."""
+    root = platformer / "data/platformer"
+    pressed = lambda clips, starts: data.true_actions(root, clips.path.stem)[0][starts[:, None] + np.arange(clips.T - 1)]
+    monkeypatch.setattr(data.Clips, "at", lambda clips, starts: torch.from_numpy(5 - pressed(clips, starts).astype(int)))
+    monkeypatch.setattr(lam_stage, "actions_of", lambda lam, x: x)
+    lam = SimpleNamespace(vq=SimpleNamespace(codebook=range(6)))
+    scores, _ = lam_stage.score_actions(lam, SimpleNamespace(data=root, device="cpu", scored=64), 4)
+    assert scores["action_accuracy"] == 1 and scores["nmi"] > 0.999
+    assert scores["keys"] == scores["meaning"] == [5, 4, 3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("size", ["gpu", "coinrun"])
 @pytest.mark.parametrize("stage", [tok, lam_stage, dyn])
 def test_large_sizes_build(stage, size):
@@ -843,7 +855,7 @@ def test_play_without_a_display_writes_its_files(world, tmp_path):
 @torch.no_grad()
 def test_a_prompt_is_a_world_at_rest(world):
     args = SimpleNamespace(prompt=None, seed=0, data=Path("data/platformer"), run=world / "runs/platformer", device="cpu", compile="off")
-    game = play.Game(args.run, args, steps=1, temperature=0.0)
+    game = play.Game(play.load(args.run, "cpu"), args, steps=1, temperature=0.0)
     assert game.still == scores(world, "lam")["still"] is not None, "the built-in game stands still often enough to have a code for it"
     frame, _ = next(play.starts(args, game))
     game.reset(frame)
@@ -869,7 +881,7 @@ def test_window_obeys_keys(world, monkeypatch):
     monkeypatch.chdir(world)
     args = SimpleNamespace(prompt=None, seed=0, data=Path("data/platformer"), run=world / "runs/platformer", fps=10,
                            device="cpu", compile="off")
-    game = play.Game(args.run, args, steps=2)
+    game = play.Game(play.load(args.run, "cpu"), args, steps=2)
     window = play.Window(game, play.starts(args, game), args)
     window.figure.canvas.draw()
     key = lambda k: window.on_press(SimpleNamespace(key=k))
@@ -902,6 +914,10 @@ def test_window_obeys_keys(world, monkeypatch):
     time.sleep(0.1)
     key("up"), key("right")
     assert window.choice() == (game.keys[5], 5), "two arrows are one combination"
+    game.assign(4, 2, 5, 1)
+    assert window.choice() == (0, 5), "arrow keys can be given their codes by hand"
+    with pytest.raises(SystemExit, match="codes 1 to 8"):
+        game.assign(4, 2, 9, 1)
 
 
 # ------------------------------------------------------------------------------------------------ more than one process, compiled graphs
@@ -985,12 +1001,11 @@ def test_playing_compiles_once_however_long():
     """The first frame meets every shape there is; none of the next 12, far past the window of 4, compiles anything more."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
-    m = small_dynamics()
-    st.compile_blocks(m, SimpleNamespace(compile="on"))
-    world, seen = dyn.World(m, 1, steps=3, temperature=0.0), []
-    world.prompt(torch.randint(24, (1, 1, 16)))
+    game = play.Game(play.untrained("test", "cpu"), SimpleNamespace(device="cpu", compile="on"), steps=3, temperature=0.0)
+    game.reset(torch.rand(64, 64, 3))
+    seen = []
     for _ in range(13):
-        world.step(torch.tensor([3]))
+        game.press(3)
         seen.append(counted.counters["stats"]["unique_graphs"])
     assert seen[0] > 0 and len(set(seen)) == 1, seen
 
