@@ -12,7 +12,7 @@ Where it departs from the paper (each measured in the README's lab notes):
   around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
   canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
   never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
-  of a clip is a lesson: other ways of masking (`--masking`), closer to play, learn half as much in the same minutes;
+  of a clip is a lesson: other ways of masking (`--masking`), closer to play, learn less in the same minutes;
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens).
 """

@@ -135,8 +135,8 @@ def score_actions(lam, args, T):
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
     that button would have led the true game to the very same next frame. For playing, only transitions count where the button
     was decisive, that is, where no other would have led to that frame (a jump is not, in the air): `meaning` is the button that
-    each code most often goes with there, `keys` the way back: for each button the code that goes with it best (recall times
-    precision). Returns (scores, table of counts code x button) or None.
+    each code most often goes with there, `keys` the way back: for each button the code that goes with it best, by the F-measure
+    with beta = 1/2 (van Rijsbergen 1979: purity counts more). Returns (scores, table of counts code x button) or None.
     """
     K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
     for split in ("train", "valid"):
@@ -156,7 +156,7 @@ def score_actions(lam, args, T):
             np.add.at(decisive, (a, true), same.sum(-1) == 1)
             recall = decisive / decisive.sum(0).clip(1)                  # P(code | button)
             precision = recall / recall.sum(1, keepdims=True).clip(1e-9)  # P(button | code), were all buttons equally common
-            keys = (recall * precision).argmax(0)
+            keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
             meaning = np.where(decisive.any(1), decisive.argmax(1), mapping)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)

@@ -8,7 +8,7 @@
     MPLBACKEND=WebAgg python play.py    # the same window in a browser, for a machine that is elsewhere
 
     1 2 3 ...     the latent actions, as the model found them       r      back to the start
-    arrow keys    left, right, up to jump (built-in game)           n      another starting frame
+    arrow keys    left, right, up to jump (own videos: --keys)      n      another starting frame
     space         pause                                             u      take back a step
     b             what would every button do now?                   g      start / stop recording a GIF
     s             sketch: draw on the frame with the mouse (right   q      quit
