@@ -1001,7 +1001,8 @@ def test_playing_compiles_once_however_long():
     """The first frame meets every shape there is; none of the next 12, far past the window of 4, compiles anything more."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
-    game = play.Game(play.untrained("test", "cpu"), SimpleNamespace(device="cpu", compile="on"), steps=3, temperature=0.0)
+    args = SimpleNamespace(device=torch.device("cpu"), compile="on")
+    game = play.Game(play.untrained("test", args.device), args, steps=3, temperature=0.0)
     game.reset(torch.rand(64, 64, 3))
     seen = []
     for _ in range(13):
