@@ -635,8 +635,10 @@ def score(game, supply, args):
             result |= {f"delta_psnr_t{t}": (a - b).mean().item(), f"delta_psnr_t{t}_se": ((a - b).std() / clips ** 0.5).item(),
                        f"psnr_t{t}": a.mean().item(), f"copy_psnr_t{t}": copy.mean().item()}
         result[f"delta_psnr_curve_{frames}"] = [round(v, 3) for v in (curve[0] - curve[1]).mean(0).tolist()]
+    if game.built_in and game.meaning:
+        result |= score_counterfactual(game, supply)
     if game.built_in and game.keys:
-        result |= score_counterfactual(game, supply) | score_arrows(game, supply)
+        result |= score_arrows(game, supply)
     if longest > 64:
         result |= score_fvd(game, lam, args, sampling, 64)
     write_json(args.run / "scores.json", result)
