@@ -16,8 +16,7 @@ Where it departs from the paper (each measured in the README's lab notes):
   right" by itself, and a code comes to mean "as before" or "the other way", never "right";
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
-- the error is the root of each frame's mean square, so that small movements count too, in units of the error of copying, so that
-  the commitment loss stays a detail.
+- the error is measured in units of the error of copying, so that the commitment loss stays a detail.
 """
 import numpy as np
 import torch
@@ -109,14 +108,9 @@ class LatentActionModel(nn.Module):
     def forward(self, x):
         """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch."""
         e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
-        error = rms(self.predict(x[:, :-1], e), x[:, 1:]) / rms(x[:, :-1], x[:, 1:])      # 1: no better than copying the last frame
+        error = F.mse_loss(self.predict(x[:, :-1], e), x[:, 1:])
+        error = error / F.mse_loss(x[:, :-1], x[:, 1:])                  # 1: no better than copying the last frame
         return error + self.beta * commitment, a, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
-
-
-def rms(x, y):
-    """Root mean square error of each frame (B, T, H, W, C), then the mean. By the mean square, a jump on the spot would hardly count
-    beside a view that scrolls. The 1e-4: a frame at 40 dB is good enough."""
-    return ((x - y).square().mean((2, 3, 4)) + 1e-4).sqrt().mean()
 
 
 def build(**config):
