@@ -105,8 +105,8 @@ class Dynamics(nn.Module):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1).
 
         masking: `paper`: half or more of every frame (section 2.1). `frames`: as in play, a clean past, of random length, and
-        frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, at twice the cost:
-        a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
+        frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
+        twice the tokens: a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
         """
         B, T, N = z.shape
         e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)

@@ -139,7 +139,8 @@ def score_actions(lam, args, T):
             return None
         data = Clips(args.data, split, T, args.device)
         starts = data.spread(args.scored * (8 if split == "train" else 1))       # a decisive jump is rare: keys need many clips
-        a = actions_of(lam, data.at(starts)).cpu().numpy()               # (clips, T-1)
+        parts = np.array_split(starts, -(-len(starts) // 256))           # a few hundred clips in memory at once
+        a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()     # (clips, T-1)
         at = starts[:, None] + np.arange(T - 1)
         true, same = truth[0][at], truth[1][at]                          # (clips, T-1), (clips, T-1, 6)
         table = np.zeros((K, len(ACTIONS)))

@@ -713,7 +713,7 @@ def main(argv=None):
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--compile", choices=("on", "off"), default="off", help="on: the first frame takes a minute, the others a fraction")
+    p.add_argument("--compile", choices=("on", "off"), default="off", help="on: half a minute before the first frame, then each takes a third less (two cores)")
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
     p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")
@@ -725,12 +725,13 @@ def main(argv=None):
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
-    args.folder = args.run = args.run or Path("runs") / args.data.name
-    if not (args.folder / "dynamics.pt").exists() and args.data == p.get_default("data") and args.run == Path("runs/platformer") and not args.size:
-        args.folder = ASSETS
-        print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
     if args.size and not args.bench:
         stop("--size is for --bench; a trained world has the size that it was trained at")
+    args.folder = args.run = args.run or Path("runs") / args.data.name
+    default = args.data == p.get_default("data") and args.run == Path("runs/platformer")
+    if default and not args.size and not (args.folder / "dynamics.pt").exists():
+        args.folder = ASSETS
+        print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
     if args.export:
         return export(args)
     torch.manual_seed(args.seed)
