@@ -50,18 +50,20 @@ def unpatchify(x, P, H, W):
 
 class Neighbours(nn.Module):
     """What lies around each token of a frame: x plus a 3x3 convolution of x over the grid of patches, (B, T, N, D) -> the same.
+    Several frames may be laid side by side, the newest first: (B, T, N, frames * D) -> (B, T, N, D).
 
     From frame to frame most things move by a few pixels, to where a neighbour was. Attention can learn to fetch it from
     there, place by place, from position embeddings; here that is given, as it is to a convolutional network.
     """
 
-    def __init__(self, rows, columns, dim):
+    def __init__(self, rows, columns, dim, frames=1):
         super().__init__()
-        self.rows, self.columns = rows, columns
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.rows, self.columns, self.dim = rows, columns, dim
+        self.conv = nn.Conv2d(frames * dim, dim, 3, padding=1)
 
     def forward(self, x):
-        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, D, rows, columns)
+        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, frames * D, rows, columns)
+        x = x[..., :self.dim]
         return x + self.conv(grid).permute(0, 2, 3, 1).reshape(x.shape)
 
 
