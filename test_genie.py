@@ -171,7 +171,7 @@ def test_latent_action_sees_the_next_frame_and_none_after_it():
     assert difference[:2] == [False, False] and difference[2], "a_3 must depend on x_4, a_1 and a_2 must not"
 
 
-@pytest.mark.parametrize("past", [1, 4])
+@pytest.mark.parametrize("past", [1, 2, 4])
 @torch.no_grad()
 def test_lam_decoder_sees_the_next_frame_only_through_the_action(past):
     m, x = small_lam(past=past), torch.rand(1, 5, 32, 32, 3)
@@ -298,6 +298,15 @@ def test_two_streams_train_exactly_what_playing_asks(canvas):
     for t in range(1, 7):
         play_it = m.logits(torch.cat([z[:, :t], masked[:, t:t + 1]], 1), e[:, :t + 1])[:, -1]
         assert torch.allclose(both[:, t - 1], play_it, atol=1e-4)
+
+
+@pytest.mark.parametrize("canvas, shown", [("two", 2), ("last", 1), ("blank", 0)])
+@torch.no_grad()
+def test_the_canvas_shows_the_frames_just_before_and_no_other(canvas, shown):
+    m, z = small_dynamics(canvas=canvas), torch.randint(24, (1, 6, 16))
+    other = z.clone()
+    other[:, 2] = (z[:, 2] + 1) % 24
+    assert changed(m.paint(m.before(z)), m.paint(m.before(other)), 1) == [False] * 3 + [shown > 0, shown > 1, False]
 
 
 @pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
