@@ -8,12 +8,11 @@ of them are given, when playing none at first, then more and more (MaskGIT, Chan
 Action a_{t-1} leads from frame t-1 to frame t and is added to every token of frame t, where it is needed.
 
 Where it departs from the paper (each measured in the README's lab notes):
-- a frame is drawn over the last two: each token's input is its own embedding (or the mask's) plus what was in its place and
-  around it one frame ago and two (`--canvas two`). Most of the next frame is the last one, moved by a few pixels, and by how
-  many shows in the one before; from a blank canvas, the paper's, the model has to learn first how to fetch them, and only
-  then what a button does to them. The canvas is never masked. So the paper's masking, which hides half of the past or more,
-  hides nothing that is needed, and every frame of a clip is a lesson: other ways of masking (`--masking`), closer to play,
-  learn less in the same minutes;
+- a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus what was in its place and
+  around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
+  canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
+  never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
+  of a clip is a lesson: other ways of masking (`--masking`), closer to play, learn less in the same minutes;
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens).
 """
@@ -37,14 +36,14 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,   3600, 30000, 200000, "training steps"),
+    steps=      (500,   4500, 30000, 200000, "training steps"),
     batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
     layers=     (  2,      2,    12,     12, "ST blocks"),
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
-    canvas=     ("two", "two", "two", "blank", "what a frame is drawn over: the last two, the last, or blank"),
+    canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
     masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
     lr=         (3e-3,  8e-3,  1e-4,   3e-5, "peak learning rate"),
@@ -63,13 +62,12 @@ class Dynamics(nn.Module):
 
     def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
         super().__init__()
-        self.N, self.action = rows * columns, action
+        self.N, self.action, self.canvas = rows * columns, action, canvas
         self.K = self.MASK = codes
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
-        self.shown = {"two": 2, "last": 1, "blank": 0}[canvas]
-        if self.shown:
+        if canvas == "last":
             self.embed_last = nn.Embedding(codes + 1, dim)               # here the last one stands for: no frame before this
-            self.around = Neighbours(rows, columns, dim, self.shown)
+            self.around = Neighbours(rows, columns, dim)
             nn.init.normal_(self.embed_last.weight, std=0.5)
         self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
         self.embed_action = nn.Linear(code_dim, dim)
@@ -82,15 +80,14 @@ class Dynamics(nn.Module):
         return F.pad(self.embed_action(F.embedding(a, self.buttons)), (0, 0, 1, 0))
 
     def before(self, z):
-        """The two frames before each frame of z (B, T, N), the newer one first: (B, T, N, 2). Before the first there was none."""
-        past = F.pad(z, (0, 0, 2, 0), value=self.MASK)                   # (B, T+2, N)
-        return torch.stack([past[:, 1:-1], past[:, :-2]], -1)
+        """The frame before each frame of z (B, T, N); before the first there was none."""
+        return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
 
     def paint(self, last):
-        """The canvas (B, T, N, D): what was in each place in the last frames, and around it. From the tokens (B, T, N, 2) of `before`."""
-        if not self.shown:
-            return torch.zeros(*last.shape[:3], 1, device=last.device)
-        return self.around(self.embed_last(last[..., :self.shown]).flatten(-2))
+        """The canvas (B, T, N, D): what was in each place a frame ago, and around it. From the tokens (B, T, N) of `before`."""
+        if self.canvas == "blank":
+            return torch.zeros(*last.shape, 1, device=last.device)
+        return self.around(self.embed_last(last))
 
     def features(self, z, e, canvas=None, time=None, mask=None, cache=None):
         """Frames z (B, T, N), actions e (B, T, D) from `actions`, the canvas from `paint` (default: over the frames of z)
@@ -200,7 +197,6 @@ class World:
         d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         frames = list(zip(*(x.split(1, 1) for x in (z, d.actions(a), d.paint(d.before(z))))))  # T x (z, e, canvas), each (B, 1, ...)
-        self.last = d.before(F.pad(z, (0, 0, 0, 1)))[:, -1:]             # (B, 1, N, 2), for the canvas of the frame to come
         self.cache.clear()
         for frame in frames[:-1]:
             d.logits(*frame, cache=self.cache)
@@ -211,7 +207,7 @@ class World:
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d, newest = self.dynamics, self.newest
-        e, canvas = d.actions(a[:, None])[:, 1:], d.paint(self.last)     # (B, 1, D), (B, 1, N, D)
+        e, canvas = d.actions(a[:, None])[:, 1:], d.paint(newest[0])     # (B, 1, D), (B, 1, N, D)
 
         def predict(z):
             if self.newest is None:
@@ -223,16 +219,15 @@ class World:
 
         z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         self.newest = z, e, canvas
-        self.last = torch.stack([z, self.last[..., 0]], -1)
         return z
 
     def snapshot(self):
         """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
-        return self.newest, self.last, self.cache.snapshot()
+        return self.newest, self.cache.snapshot()
 
     def restore(self, snapshot):
-        self.newest, self.last = snapshot[:2]
-        self.cache.restore(snapshot[2])
+        self.newest = snapshot[0]
+        self.cache.restore(snapshot[1])
 
 
 @torch.no_grad()
@@ -405,7 +400,7 @@ def build(**config):
 
 
 def main(argv=None):
-    words = dict(action=("add", "prepend"), canvas=("two", "last", "blank"), masking=("paper", "frames", "streams"),
+    words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("paper", "frames", "streams"),
                  order=("random", "confidence"), flaw=FLAWS)
     p = parser(__doc__, KNOBS, **words)
     p.add_argument("--cotrain", action="store_true", help="train a LAM along with it (section 2.1), instead of loading lam.pt")

@@ -12,9 +12,9 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the encoder reads every pair of frames twice, as (x_t, x_{t+1}) and as (x_{t+1}, x_t), and the code quantises the
   difference of the two readings. What does not depend on the direction of time (the level, its colours) cancels; motion
   does not. Without this, codes named the colours of the level, or "something moved" without saying which way;
-- the decoder sees little of the past: each layer looks at two frames (`--past 2`; the paper: all of them), so two layers see three.
-  They show how fast things move, so that a code need not say what would have happened anyway (falling on), and a jump gets
-  a code of its own more often than when it sees only one;
+- the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
+  right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes come
+  closer to the true buttons, but say less of what happened, and the world that is trained on them is a worse one;
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail.
@@ -49,7 +49,7 @@ KNOBS = dict(
     codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
-    past=       (  2,      2,     2,     16, "frames that each layer of the decoder looks at: the last ones before the one it draws"),
+    past=       (  1,      1,     1,     16, "frames that each layer of the decoder looks at: the last ones before the one it draws"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),

@@ -50,20 +50,18 @@ def unpatchify(x, P, H, W):
 
 class Neighbours(nn.Module):
     """What lies around each token of a frame: x plus a 3x3 convolution of x over the grid of patches, (B, T, N, D) -> the same.
-    Several frames may be laid side by side, the newest first: (B, T, N, frames * D) -> (B, T, N, D).
 
     From frame to frame most things move by a few pixels, to where a neighbour was. Attention can learn to fetch it from
     there, place by place, from position embeddings; here that is given, as it is to a convolutional network.
     """
 
-    def __init__(self, rows, columns, dim, frames=1):
+    def __init__(self, rows, columns, dim):
         super().__init__()
-        self.rows, self.columns, self.dim = rows, columns, dim
-        self.conv = nn.Conv2d(frames * dim, dim, 3, padding=1)
+        self.rows, self.columns = rows, columns
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x):
-        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, frames * D, rows, columns)
-        x = x[..., :self.dim]
+        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, D, rows, columns)
         return x + self.conv(grid).permute(0, 2, 3, 1).reshape(x.shape)
 
 
@@ -169,15 +167,14 @@ class STTransformer(nn.Module):
         """
         T, dh = x.size(1), x.size(-1) // self.heads
         if cache is not None:
-            time, mask = cache.enter(T)
-        elif time is None:
-            time = torch.arange(T, device=x.device)
+            turn, mask, slot = cache.enter(T)
+        else:
+            turn = rotary(torch.arange(T, device=x.device) if time is None else time, dh)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
-        turn = rotary(time, dh)
         x = x + self.place
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, cache and cache.layer(i))
+            x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], slot))
         return self.norm(x)
 
     def new_cache(self, B):
@@ -201,40 +198,40 @@ class Cache:
         self.k = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
         self.v = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
         self.window = window
-        self.now = torch.zeros(1, dtype=torch.long, device=device)               # time of the first frame that is not final
-        self.times = torch.full((window + 1,), -window, device=device)           # of the frame in each slot; none as yet
+        self.clear()
+
+    def move_to(self, now):
+        """Frame `now` is the first that is not final. What a pass over it and the next needs, once for all MaskGIT steps: their
+        slots, how far they are turned, and which slots each may look at."""
+        size, device = self.window + 1, self.k[0].device
+        time = torch.arange(now, now + 2, device=device)
+        held = now + 1 - (now + 1 - torch.arange(size, device=device)) % size    # the frame in each slot; below 0: none as yet
+        back = time[:, None] - held                                              # (2, window + 1)
+        self.now, self.slot, self.turn = now, time % size, rotary(time, self.k[0].size(-1))
+        self.mask = (back >= 0) & (back < self.window) & (held >= 0)
 
     def enter(self, T):
-        """T frames come in: their times (T,), and which slots each may look at (T, window + 1)."""
-        time = self.now + torch.arange(T, device=self.now.device)
-        self.slot = time % (self.window + 1)
-        self.times.index_copy_(0, self.slot, time)
-        back = time[:, None] - self.times
-        return time, (back >= 0) & (back < self.window)
-
-    def layer(self, i):
-        return self.k[i], self.v[i], self.slot
+        """T frames, 1 or 2, come in: their `rotary`, which slots each may look at (T, window + 1), and their own slots (T,)."""
+        return [turn[:T] for turn in self.turn], self.mask[:T], self.slot[:T]
 
     def advance(self):
         """The first of the frames that came in last is final: the next forward pass begins with the one after it."""
-        self.now += 1
+        self.move_to(self.now + 1)
 
     def clear(self):
         """Forget everything: the next frame is the first."""
-        self.now.zero_(), self.times.fill_(-self.window)
+        self.move_to(0)
 
     def snapshot(self):
         """What drawing the next frame will overwrite. (Indexing by a tensor copies.)"""
-        slots = (self.now + torch.arange(2, device=self.now.device)) % (self.window + 1)
-        return self.now.clone(), slots, self.times[slots], [t[:, :, slots] for t in self.k + self.v]
+        return self.now, [t[:, :, self.slot] for t in self.k + self.v]
 
     def restore(self, snapshot):
         """Take back the frame drawn since `snapshot`; of several frames, the newest first."""
-        now, slots, times, kept = snapshot
-        self.now.copy_(now)
-        self.times.index_copy_(0, slots, times)
+        now, kept = snapshot
+        self.move_to(now)
         for mine, t in zip(self.k + self.v, kept):
-            mine.index_copy_(2, slots, t)
+            mine.index_copy_(2, self.slot, t)
 
 
 # ------------------------------------------------------------------------------------------------ vector quantizer
