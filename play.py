@@ -656,17 +656,19 @@ def bench(game, supply, args):
     d = game.dynamics
     past = torch.randint(d.K, (1, d.transformer.window - 1, d.N), device=game.device)
     codes = torch.zeros(1, past.size(1), dtype=torch.long, device=game.device)
-    about = dict(size=args.size, device=str(game.device), threads=torch.get_num_threads(), compile=args.compile)
+    size = args.size or read_scores(args.folder / "dynamics.json").get("size")
+    about = dict(size=size, device=str(game.device), threads=torch.get_num_threads(), compile=args.compile)
     game.reset(*next(supply))
-    turns, fast, slow = 5, 0, 0
     for steps in (1, 4, 8, 25):
         game.world.steps = steps
         sampling = sampling_of(args) | dict(steps=steps)
+        press = lambda: game.press(0)
         whole = lambda: game.tokenizer.decode(rollout(d, past, codes, cached=False, **sampling))[0, -1].cpu()
-        rows = [(seconds(lambda: game.press(0), 9 if fast < 1 else 1), seconds(whole, 3 if slow < 1 else 1)) for _ in range(turns)]
-        fast, slow = (sorted(column)[turns // 2] for column in zip(*rows))
-        turns = 5 if slow < 1 else 1
-        print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 2),
+        if steps == 1:
+            fast, slow = seconds(press, 1), seconds(whole, 1)
+        rows = [(seconds(press, 9 if fast < 1 else 1), seconds(whole, 3 if slow < 1 else 1)) for _ in range(5 if slow < 1 else 1)]
+        fast, slow = (sorted(column)[len(rows) // 2] for column in zip(*rows))
+        print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 3),
                               ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
     import matplotlib
@@ -675,7 +677,7 @@ def bench(game, supply, args):
     window.figure.canvas.draw()
     window.held["1"] = True
     pixels = "x".join(map(str, window.figure.canvas.get_width_height()))
-    print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40), 1), window=pixels, **about)))
+    print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40 if fast < 1 else 2), 1), window=pixels, **about)))
     game.restart()
     for upto in (20, 200, 2000) if fast < 1 else ():
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
