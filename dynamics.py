@@ -133,9 +133,12 @@ class Dynamics(nn.Module):
         else:
             mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
             x, target = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask), z
-        logits = self.head(x).flatten(0, -2).float()                     # (B*T*N, K)
-        target = target.masked_fill(~hidden, -100).flatten()             # the tokens as they were; -100: given, not scored
-        return F.cross_entropy(logits, target)
+        return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
+
+    def loss(self, x, target):
+        """Cross-entropy of features x (B, T, N, D) against tokens (B, T, N). Apart, so that it can be compiled: its logits are by
+        far the largest thing in the model, and uncompiled they go through memory half a dozen times."""
+        return F.cross_entropy(self.head(x).flatten(0, -2).float(), target.flatten())        # logits (B*T*N, K)
 
 
 def two_streams(T, window, device):
@@ -422,6 +425,8 @@ def main(argv=None):
               cotrain=args.cotrain or None)
     for m in (tokenizer, lam, model):
         compile_blocks(m, args)
+    if args.compile == "on":
+        model.loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
     tokens, actions = encode(clips, tokenizer, None if beside else lam, args)
     net = parallel(model, args)
     if beside:

@@ -165,11 +165,11 @@ class STTransformer(nn.Module):
 
         With a cache, x are the one or two frames that follow those already in it.
         """
-        T, dh = x.size(1), x.size(-1) // self.heads
+        T = x.size(1)
         if cache is not None:
             turn, mask, slot = cache.enter(T)
         else:
-            turn = rotary(torch.arange(T, device=x.device) if time is None else time, dh)
+            turn = rotary(torch.arange(T, device=x.device) if time is None else time, x.size(-1) // self.heads)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
@@ -265,7 +265,8 @@ class VectorQuantizer(nn.Module):
         """Indices (...) of the codes nearest to the normalised z (..., dim)."""
         e = self.codebook
         with torch.autocast(z.device.type, enabled=False):                       # in bf16 half of the tokens come out wrong
-            return ((e * e).sum(-1) - 2 * z.float() @ e.T).argmin(-1)            # |z|^2 is the same for all codes
+            distance = torch.addmm((e * e).sum(-1), z.float().flatten(0, -2), e.T, alpha=-2)     # but for |z|^2, alike for all codes
+            return distance.argmin(-1).view(z.shape[:-1])
 
     def forward(self, z):
         """z (..., dim) -> quantised (..., dim) with straight-through gradient, indices (...), commitment loss."""
