@@ -996,6 +996,22 @@ def test_blocks_compile_without_graph_breaks_or_recompiles(platformer, tmp_path)
     assert torch.allclose(m(x)[1]["mse"], eager(x)[1]["mse"], atol=1e-5)
 
 
+def test_loss_compiles_once_whatever_is_masked():
+    """As many holes as there may be: one graph, and the loss of the same model uncompiled."""
+    import torch._dynamo.utils as counted
+    torch._dynamo.reset()
+    m, seen = small_dynamics(), []
+    compiled = torch.compile(m.loss, fullgraph=True, dynamic=False)
+    for share in (0.1, 0.5, 0.9):
+        x, z = torch.randn(2, 4, 16, 16, requires_grad=True), torch.randint(24, (2, 4, 16))
+        target = z.masked_fill(torch.rand(z.shape) > share, -100)
+        (fast, by_fast), (slow, by_slow) = ((loss, *torch.autograd.grad(loss, x)) for loss in (compiled(x, target), m.loss(x, target)))
+        assert torch.allclose(fast, slow, atol=1e-5) and torch.allclose(by_fast, by_slow, atol=1e-6)
+        assert not by_slow[target < 0].any(), "tokens that were given teach nothing"
+        seen.append(counted.counters["stats"]["unique_graphs"])
+    assert seen[0] > 0 and len(set(seen)) == 1, seen
+
+
 @torch.no_grad()
 def test_playing_compiles_once_however_long():
     """The first frame meets every shape there is; none of the next 12, far past the window of 4, compiles anything more."""
