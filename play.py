@@ -559,19 +559,21 @@ def frechet(a, b):
 # ------------------------------------------------------------------------------------------------ the scores
 
 def score_arrows(game, supply, prompts=20, presses=10):
-    """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left,
-    right, not at all) that the true game did. One button is held for a whole prompt, in turn."""
-    hits = []
-    for i in tqdm(range(prompts), desc="arrow keys", dynamic_ncols=True):
-        game.reset(*next(supply))
-        button = (1, 2, 4, 5, 0)[i % 5]
-        for _ in range(presses):
-            before = np.stack([game.frame, game.true.frame() / 255.0])
-            game.press(game.keys[button], button)
-            after = np.stack([game.frame, game.true.frame() / 255.0])
-            model, true = displacement(torch.from_numpy(before), torch.from_numpy(after))[:, 0].sign()
-            hits.append(bool(model == true))
-    return dict(arrow_keys=float(np.mean(hits)), arrow_presses=len(hits))
+    """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left, right,
+    not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, each in
+    its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run."""
+    rng, result = np.random.default_rng(0), dict(arrow_presses=prompts * presses)
+    for script in ("held", "varied"):
+        hits = np.zeros((prompts, presses))
+        for i in tqdm(range(prompts), desc=f"arrow keys, {script}", dynamic_ncols=True):
+            game.reset(*next(supply))
+            for t in range(presses):
+                button = (1, 2, 4, 5, 0)[i % 5] if script == "held" else rng.integers(len(ACTIONS))
+                frame, x = torch.from_numpy(game.frame), game.true.x
+                drawn = torch.from_numpy(game.press(game.keys[button], button))
+                hits[i, t] = displacement(frame[None], drawn[None])[0, 0].sign() == np.sign(game.true.x - x)
+        result |= {f"arrow_keys_{script}": float(hits.mean()), f"arrow_keys_{script}_se": float(hits.mean(1).std() / prompts ** 0.5)}
+    return result
 
 
 @torch.no_grad()

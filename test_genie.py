@@ -520,6 +520,19 @@ def test_displacement_is_that_of_the_camera():
         assert data.displacement(view(10, 6), view(10 + move[0], 6 + move[1])).tolist() == [list(move)] * 2
 
 
+def test_displacement_is_not_fooled_by_the_hero_who_stays_in_his_place():
+    """By the plain squared error it is: the hero is brighter than what scrolls behind him. (Every look, every button but jump.)"""
+    for look in range(4):
+        for button in (0, 1, 2, 4, 5):
+            game, frames, x = data.Platformer(7 + look, look), [], []
+            for _ in range(12):
+                frames.append(torch.from_numpy(game.frame()).float() / 255)
+                x.append(game.x)
+                game.step(button)
+            moved = data.displacement(torch.stack(frames[:-1]), torch.stack(frames[1:]))
+            assert moved.tolist() == [[dx, 0] for dx in np.diff(x)]
+
+
 def test_psnr():
     a = torch.zeros(2, 4, 4, 3)
     b = torch.stack([torch.full((4, 4, 3), 0.1), a[0]])
