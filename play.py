@@ -558,7 +558,7 @@ def frechet(a, b):
 
 # ------------------------------------------------------------------------------------------------ the scores
 
-def score_arrows(game, supply, prompts=20, presses=10):
+def score_arrows(game, supply, prompts=60, presses=10):
     """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left, right,
     not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, each in
     its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run."""
