@@ -36,7 +36,7 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,   4500, 30000, 200000, "training steps"),
+    steps=      (500,  10000, 30000, 200000, "training steps"),
     batch=      (  8,      4,    36,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),

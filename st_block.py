@@ -452,10 +452,10 @@ def make_optimizer(model, lr):
 
 
 def autocast(args):
-    """bf16 for the matrix products: on CUDA, and in compiled blocks on a CPU that has matrix tiles for it (AMX): 1.7 times as
-    fast as fp32 there, and half as fast anywhere else. Weights, norms, losses and the quantizer stay in fp32."""
-    tiles = args.compile == "on" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda" or tiles)
+    """bf16 for the matrix products: on CUDA, and in compiled blocks on a CPU that multiplies in bf16 (AMX tiles, AVX-512 BF16):
+    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else. Weights, norms, losses and the quantizer stay in fp32."""
+    able = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda" or args.compile == "on" and able)
 
 
 def compile_blocks(model, args):
