@@ -265,7 +265,7 @@ def build(root, overwrite, source, fill):
 def build_platformer(root, episodes, frames, seed, overwrite):
     def fill(folder):
         lengths, actions = {}, {}
-        for split, count, first in (("train", episodes, 0), ("valid", max(2, episodes // 10), 500_000)):
+        for split, count, first in (("train", episodes, 0), ("valid", max(2, episodes // 20), 500_000)):
             seeds = [seed * 1_000_000 + first + i for i in range(count)]         # levels of valid are never in train
             with open(folder / f"{split}.u8", "wb") as f:
                 played = []
@@ -459,7 +459,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--videos", type=Path, help="folder of .mp4 / .gif, or one file (default: the built-in game)")
     p.add_argument("--name", help="the data set becomes data/NAME (default: platformer, or the name of the folder)")
-    p.add_argument("--episodes", type=int, default=320, help="training levels of the built-in game (default: %(default)s)")
+    p.add_argument("--episodes", type=int, default=640, help="training levels of the built-in game (default: %(default)s)")
     p.add_argument("--frames", type=int, default=200, help="frames in each of them (default: %(default)s)")
     p.add_argument("--frame-size", type=int, default=64, help="pixels along a side, your own videos (default: %(default)s)")
     p.add_argument("--fps", type=int, default=10, help="frames per second, your own videos (default: %(default)s)")
