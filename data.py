@@ -131,7 +131,7 @@ class Platformer:
                     tile[spots[0]:spots[0] + 2, spots[1]:spots[1] + 4] = self.shade
                     if row == 8 - self.ground[col]:
                         tile[:3], tile[3, :int(rng.integers(1, 4)) * 2] = self.turf, self.turf
-        self.picture = picture
+        self.picture = np.pad(picture, ((0, 0), (0, TILE), (0, 0)), mode="edge")      # at the right-hand wall one sees beyond
         self.coin = np.zeros((TILE, TILE), bool)
         self.coin[1:7, 2:6] = self.coin[2:6, 1:7] = True
 
@@ -205,12 +205,12 @@ class Platformer:
 
 
 class Policy:
-    """Who plays: presses a fresh random button every other frame or so, drifts right more than left, hops over what is in
+    """Who plays: presses a fresh random button in most frames, drifts right more than left, hops over what is in
     the way. Nearly every button stays likely at every moment, so the next frame cannot be told from the past alone: only
     then is there something for latent actions to explain (see the README's lab notes)."""
 
     def __init__(self, rng):
-        self.rng, self.mood, self.action, self.still = rng, 1, 0, 0
+        self.rng, self.mood, self.action = rng, 1, 0
 
     def __call__(self, game):
         rng = self.rng
@@ -221,7 +221,7 @@ class Policy:
             self.action = {0: 0, -1: 1, 1: 2}[int(way)]
         ahead = game.hits(game.x + 6 * self.mood, game.y) or not game.hits(game.x + 10 * self.mood, game.y + 4)
         jump = rng.random() < (0.6 if ahead else 0.2)
-        return self.action % 3 + 3 * jump
+        return self.action + 3 * jump
 
 
 def play_episode(seed, frames):
@@ -265,7 +265,7 @@ def build(root, overwrite, source, fill):
 def build_platformer(root, episodes, frames, seed, overwrite):
     def fill(folder):
         lengths, actions = {}, {}
-        for split, count, first in (("train", episodes, 0), ("valid", max(2, episodes // 20), 500_000)):
+        for split, count, first in (("train", episodes, 0), ("valid", max(6, episodes // 20), 500_000)):
             seeds = [seed * 1_000_000 + first + i for i in range(count)]         # levels of valid are never in train
             with open(folder / f"{split}.u8", "wb") as f:
                 played = []
@@ -279,8 +279,8 @@ def build_platformer(root, episodes, frames, seed, overwrite):
             actions[f"{split}_seed"] = np.array(seeds)
         np.savez_compressed(folder / "true_actions.npz", **actions)
         same, pressed = actions["train_same"], actions["train_action"]
-        entropy = np.bincount(pressed, minlength=6) / len(pressed)
-        print(f"buttons pressed: {', '.join(f'{a} {p:.0%}' for a, p in zip(ACTIONS, entropy))}")
+        shares = np.bincount(pressed, minlength=6) / len(pressed)
+        print(f"buttons pressed: {', '.join(f'{a} {p:.0%}' for a, p in zip(ACTIONS, shares))}")
         print(f"another button would have led to another frame in {(~same).any(1).mean():.1%} of transitions; "
               f"of the five other buttons, {(~same).sum(1).mean() / 5:.1%} would have")
         return dict(frame=[VIEW, VIEW, 3], fps=10, episodes=lengths)

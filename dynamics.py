@@ -119,6 +119,8 @@ class Dynamics(nn.Module):
             rate = rate * (torch.arange(T, device=z.device)[:, None] >= clean)
         hidden = torch.rand(B, T, N, device=z.device) < rate
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
+        if masking == "frames":
+            hidden[:, -1, 0] = True                                      # with few clips there might be nothing to score
         past = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
         past = torch.where(past, torch.randint(self.K, z.shape, device=z.device), z)
         last = self.before(past)
@@ -436,7 +438,7 @@ def main(argv=None):
 
     for step in run.steps():
         starts = clips.draw(args.batch // args.world)
-        index = starts[:, None] + np.arange(args.frames)
+        index = torch.from_numpy(starts[:, None] + np.arange(args.frames)).to(tokens.device, non_blocking=True)
         z, a = tokens[index].long(), actions[index[:, :-1]].long()       # (B, T, N), (B, T-1)
         if beside:
             a = lam_step(beside, lam_net, clips.at(starts), step, args)

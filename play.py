@@ -63,6 +63,9 @@ class Game:
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
         if args.compile == "on":                                # a frame is hundreds of small operations: all of a step in one graph
             how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            for cache in (self.world.cache, self.pictures):     # a CUDA graph may write only to what stays in its place
+                for kept in cache.k + cache.v:
+                    torch._dynamo.mark_static_address(kept)
             self.dynamics.logits = torch.compile(self.dynamics.logits, **how)
             self.tokenizer.decode = torch.compile(self.tokenizer.decode, **how)
 
@@ -244,9 +247,14 @@ class Window:
         return ax.imshow(rgba(frame), interpolation="nearest", animated=moving)
 
     def label(self, code):
-        """`3` or `3 right`: a code's key, and the button it was found to mean."""
-        keys = self.game.keys or []
-        return " ".join([str(code + 1)] + [a for a, k in zip(ACTIONS, keys) if k == code][:1])
+        """`3` or `3 right`: a code's key, and the button that it stands for."""
+        button = self.button(code)
+        return f"{code + 1}" if button is None else f"{code + 1} {ACTIONS[button]}"
+
+    def button(self, code):
+        """The true button that a code stands for, if anybody knows: that of the arrow key that presses it, else what it was found to mean."""
+        keys, meaning = self.game.keys or [], self.game.meaning
+        return next((a for a, k in enumerate(keys) if k == code), meaning[code] if meaning else None)
 
     # -------------------------------------------------------------------------------- keys
 
@@ -300,8 +308,7 @@ class Window:
         numbers = [k for k in self.held if k.isdigit()]
         if numbers:
             code = int(numbers[-1]) - 1
-            meaning = self.game.keys and [a for a, k in enumerate(self.game.keys) if k == code]
-            return code, meaning[0] if meaning else None
+            return code, self.button(code)
         if self.game.keys is None:
             return None
         way = next((ARROWS[k] for k in reversed(list(self.held)) if k in ("left", "right")), 0)
@@ -584,13 +591,13 @@ def score_counterfactual(game, supply, prompts=32):
     for _ in tqdm(range(prompts), desc="every button", dynamic_ncols=True):
         game.reset(*next(supply))
         start, drawn, state = game.first[0], game.every_button(), game.true.save()
-        for k, button in enumerate(game.meaning):
+        for picture, button in zip(drawn, game.meaning):
             game.true.step(button)
             truth = torch.from_numpy(game.true.frame()).float() / 255
             game.true.restore(state)
             pair = torch.stack([start, truth])[None].to(game.device)                # the tokenizer may see what came before
             again = game.tokenizer.decode(game.tokenizer.encode(pair))[0, 1].cpu()
-            rows.append([psnr(torch.from_numpy(drawn[k]), truth), psnr(again, truth), psnr(start, truth)])
+            rows.append([psnr(torch.from_numpy(picture), truth), psnr(again, truth), psnr(start, truth)])
     model, tokenizer, copy = np.array(rows).mean(0)
     return dict(counterfactual_psnr=float(model), counterfactual_psnr_tokenizer=float(tokenizer), counterfactual_copy_psnr=float(copy))
 
@@ -729,6 +736,8 @@ def main(argv=None):
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
+    if args.score and args.prompt:
+        stop("--score begins from held-out levels: leave out --prompt")
     if args.size and not args.bench:
         stop("--size is for --bench; a trained world has the size that it was trained at")
     args.folder = args.run = args.run or Path("runs") / args.data.name

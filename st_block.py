@@ -299,7 +299,8 @@ class VectorQuantizer(nn.Module):
 
 def perplexity(index, K):
     """exp(entropy) of code usage: K if all codes are equally common, 1 if only one is ever used."""
-    p = torch.bincount(index.flatten(), minlength=K).float() / index.numel()
+    one = torch.ones(index.numel(), device=index.device)                         # (bincount would make a GPU wait)
+    p = torch.zeros(K, device=index.device).index_add_(0, index.flatten(), one) / index.numel()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
@@ -325,7 +326,7 @@ def parser(doc, knobs, **choices):
     p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
     p.add_argument("--bench", action="store_true", help="train nothing: time a few steps and print one line of JSON")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                   help="torch.compile (auto: on, if there is a GPU or a C++ compiler)")
+                   help="torch.compile (auto: on, if there is a GPU or a C++ compiler, but not at size test)")
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
@@ -339,6 +340,8 @@ def find_device(name):
     """The torch.device of --device; without one, the GPU if there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:         # torchrun: a GPU for each process
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
@@ -375,7 +378,6 @@ def settle(args, stage):
         stop(f"--batch {args.batch} cannot be shared by {args.world} processes; make it a multiple")
     if args.world > 1 and not torch.distributed.is_initialized():
         if args.device.type == "cuda":
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     return args
@@ -527,24 +529,26 @@ class Run:
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             self.first, self.seconds = ckpt["step"], ckpt["seconds"]
+            if args.steps < self.first:
+                stop(f"{self.path} is at step {self.first} already, beyond --steps {args.steps}")
         elif args.rank == 0:                         # can it be written there? Ask now, not after an hour
             write_atomically(args.run / "writable", lambda f: None)
             (args.run / "writable").unlink()
 
-    def save(self, step, **extra):
+    def save(self, step):
         if not all(p.isfinite().all() for p in self.model.parameters()):
             stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
         if self.beside:
             self.beside.began, self.beside.seconds = self.began, self.seconds
-            name = self.origin[self.beside.stage] = fingerprint(self.beside.model)
-            self.beside.save(step, fingerprint=name)
+            self.origin[self.beside.stage] = fingerprint(self.beside.model)
+            self.beside.save(step)
         if self.args.rank == 0:
             if not self.replaced and self.path.exists():         # what an earlier run left is kept, once
-                os.replace(self.path, self.path.with_suffix(".old.pt"))
+                write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
             self.replaced = True
             seconds = self.seconds + time.time() - self.began
             ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
-                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), **extra)
+                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
             write_atomically(self.path, lambda f: torch.save(ckpt, f))
 
     def steps(self):
@@ -573,10 +577,11 @@ class Run:
             if (step + 1) % 500 == 0:
                 self.save(step + 1)
         self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.seconds += time.time() - self.began
         self.began = time.time()
-        self.save(args.steps, fingerprint=fingerprint(self.model))
+        self.save(args.steps)
 
     def bench(self, warm=5, timed=20):
         """`--bench`: the loop runs, and one JSON line says how fast; nothing is saved. Hooks tell the phases of a step apart."""
