@@ -718,7 +718,7 @@ def main(argv=None):
     p.add_argument("--keys", type=int, nargs=4, metavar=("NONE", "LEFT", "RIGHT", "UP"),
                    help="the codes (1, 2, ...) that no key and the arrow keys stand for, where nobody knows the true buttons")
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest, and a hero once lost stays lost (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
