@@ -452,8 +452,8 @@ def main(argv=None):
         run.log(step, loss)
 
     if beside:
-        beside.report(lam_stage.evaluate, fingerprint=fingerprint(lam))
-    run.report(lambda model, args: evaluate(model, args, tokenizer, lam), fingerprint=fingerprint(model))
+        beside.report(lam_stage.evaluate)
+    run.report(lambda model, args: evaluate(model, args, tokenizer, lam))
 
 
 def lam_step(run, net, x, step, args):

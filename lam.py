@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
-from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer,
+from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, make_optimizer,
                       parallel, parser, patchify, perplexity, save_figure, schedule, settle, stop, unpatchify, write_json)
 
 FLAWS = ("none",
@@ -307,7 +307,7 @@ def main(argv=None):
         run.optimizer.step()
         run.log(step, loss, **watch)
 
-    run.report(evaluate, fingerprint=fingerprint(model))
+    run.report(evaluate)
 
 
 if __name__ == "__main__":

@@ -736,8 +736,8 @@ def main(argv=None):
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
-    if args.score and args.prompt:
-        stop("--score begins from held-out levels: leave out --prompt")
+        if args.prompt:
+            stop("--score begins from held-out levels: leave out --prompt")
     if args.size and not args.bench:
         stop("--size is for --bench; a trained world has the size that it was trained at")
     args.folder = args.run = args.run or Path("runs") / args.data.name

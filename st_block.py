@@ -283,7 +283,7 @@ class VectorQuantizer(nn.Module):
     def learn(self, z, index):
         """One step of online k-means on z (M, dim), then the revival of dead codes."""
         K, M = len(self.codebook), len(z)
-        count = torch.zeros_like(self.mean_count).index_add_(0, index, torch.ones(M, device=z.device))
+        count = counts(index, K)
         total = torch.zeros_like(self.mean_sum).index_add_(0, index, z)
         self.mean_count.lerp_(count, 1 - self.decay)
         self.mean_sum.lerp_(total, 1 - self.decay)
@@ -297,10 +297,14 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
 
 
+def counts(index, K):
+    """How often each of K codes occurs in index (...): (K,) floats. (torch.bincount would make a GPU wait.)"""
+    return torch.zeros(K, device=index.device).index_add_(0, index.flatten(), torch.ones(index.numel(), device=index.device))
+
+
 def perplexity(index, K):
     """exp(entropy) of code usage: K if all codes are equally common, 1 if only one is ever used."""
-    one = torch.ones(index.numel(), device=index.device)                         # (bincount would make a GPU wait)
-    p = torch.zeros(K, device=index.device).index_add_(0, index.flatten(), one) / index.numel()
+    p = counts(index, K) / index.numel()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
@@ -631,7 +635,7 @@ class Run:
                 stop(f"the loss is {value} at step {step}; the last save is {self.path}; try a lower --lr")
             self.bar.set_postfix({k: f"{v.detach().item():.4f}" for k, v in dict(loss=loss, **stats).items()})
 
-    def report(self, evaluate, **more):
+    def report(self, evaluate):
         """Score the finished model; print the scores and write them to NAME.json beside the checkpoint."""
         args = self.args
         if args.world > 1 and torch.distributed.is_initialized():
@@ -642,7 +646,7 @@ class Run:
             scores = evaluate(self.model, args)
         about = dict(stage=self.stage, size=args.size, steps=args.steps, seconds=round(self.seconds, 1), device=str(args.device),
                      seed=args.seed, parameters=sum(p.numel() for p in self.model.parameters()),
-                     peak_memory_gb=memory(args.device), torch=torch.__version__, **self.origin, **more, knobs=self.knobs)
+                     peak_memory_gb=memory(args.device), torch=torch.__version__, **self.origin, fingerprint=fingerprint(self.model), knobs=self.knobs)
         scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in scores.items()}
         write_json(args.run / f"{self.stage}.json", scores | about)
         for k, v in scores.items():

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Clips, psnr
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, fingerprint, make_optimizer, parallel,
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, make_optimizer, parallel,
                       parser, patchify, perplexity, save_picture, settle, unpatchify)
 
 KNOBS = dict(
@@ -126,7 +126,7 @@ def main(argv=None):
         optimizer.step()
         run.log(step, loss, **watch)
 
-    run.report(evaluate, fingerprint=fingerprint(model))
+    run.report(evaluate)
 
 
 if __name__ == "__main__":
