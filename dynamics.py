@@ -167,8 +167,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     for s in range(steps):
         logits = predict(z).float()
         if temperature > 0:
-            gumbel = -torch.empty_like(logits).exponential_().log()      # a draw from the softmax, without computing it
-            drawn = (logits / temperature + gumbel).argmax(-1)
+            upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k): one random number a token is enough
+            drawn = torch.searchsorted(upto, torch.rand_like(upto[..., :1])).squeeze(-1).clamp(max=logits.size(-1) - 1)
         else:
             drawn = logits.argmax(-1)                                    # (B, 1, N)
         hole = z == MASK
