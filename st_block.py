@@ -113,9 +113,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # (3, B, h, S, dh)
         qk, v = self.norm(qkv[:2]), qkv[2]
         q, k = qk if turn is None else rotate(qk, *turn)
-        if past is not None:                        # new frames: their keys and values join those of the frames before
+        if past is not None:                        # a new frame: its keys and values join those of the frames before
             past_k, past_v, slot = past
-            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window + 1, dh)
+            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window, dh)
             v = past_v.index_copy_(2, slot, v.to(past_v.dtype))
         by_hand = q.device.type == "cpu" and torch.compiler.is_compiling()
         attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
@@ -163,18 +163,18 @@ class STTransformer(nn.Module):
     def forward(self, x, time=None, mask=None, cache=None):
         """x (B, T, N, D) -> the same. time (T,) and mask (T, T) default to 0..T-1 and causal within the window.
 
-        With a cache, x are the one or two frames that follow those already in it.
+        With a cache, x (B, 1, N, D) is the frame that follows those in it.
         """
         T = x.size(1)
         if cache is not None:
-            turn, mask, slot = cache.enter(T)
+            turn, mask = cache.turn, cache.mask
         else:
             turn = rotary(torch.arange(T, device=x.device) if time is None else time, x.size(-1) // self.heads)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], slot))
+            x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], cache.slot))
         return self.norm(x)
 
     def new_cache(self, B):
@@ -187,35 +187,27 @@ class Cache:
     """The temporal keys and values of the last `window` frames, layer by layer: what makes playing cheap.
 
     Spatial attention never leaves a frame and temporal attention never looks ahead, so a new frame changes nothing about
-    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod (window + 1),
-    the oldest is overwritten, nothing grows. One slot more than the window, so that two frames can pass at once: the last
-    one, now final, and a first draft of the next. A forward pass writes the slots of its frames, again at every MaskGIT
-    step; `advance` moves on when a frame is final. Rotary time is relative, so nothing kept has to be turned again.
-    The result is exactly that of the whole past under the windowed mask of STTransformer, at any length (a test).
+    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod window, the
+    oldest is overwritten, nothing grows. A forward pass writes the slot of its frame, again at every MaskGIT step;
+    `advance` moves on to the next. Rotary time is relative, so nothing kept has to be turned again. The result is exactly
+    that of the whole past under the windowed mask of STTransformer, at any length (a test).
     """
 
     def __init__(self, layers, rows, heads, window, dh, device):
-        self.k = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(rows, heads, window + 1, dh, device=device) for _ in range(layers)]
-        self.window = window
+        self.k = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
         self.clear()
 
     def move_to(self, now):
-        """Frame `now` is the first that is not final. What a pass over it and the next needs, once for all MaskGIT steps: their
-        slots, how far they are turned, and which slots each may look at."""
-        size, device = self.window + 1, self.k[0].device
-        time = torch.arange(now, now + 2, device=device)
-        held = now + 1 - (now + 1 - torch.arange(size, device=device)) % size    # the frame in each slot; below 0: none as yet
-        back = time[:, None] - held                                              # (2, window + 1)
-        self.now, self.slot, self.turn = now, time % size, rotary(time, self.k[0].size(-1))
-        self.mask = (back >= 0) & (back < self.window) & (held >= 0)
-
-    def enter(self, T):
-        """T frames, 1 or 2, come in: their `rotary`, which slots each may look at (T, window + 1), and their own slots (T,)."""
-        return [turn[:T] for turn in self.turn], self.mask[:T], self.slot[:T]
+        """The next frame is frame `now`. What its passes need, once for all MaskGIT steps: its slot (1,), how far it is turned,
+        and which slots it may look at (1, window)."""
+        window, device = self.k[0].size(2), self.k[0].device
+        time = torch.tensor([now], device=device)
+        self.now, self.slot, self.turn = now, time % window, rotary(time, self.k[0].size(-1))
+        self.mask = (torch.arange(window, device=device) <= now)[None]           # at first some slots are still empty
 
     def advance(self):
-        """The first of the frames that came in last is final: the next forward pass begins with the one after it."""
+        """The frame that came in last stays as it is: the next forward pass is of the one after it."""
         self.move_to(self.now + 1)
 
     def clear(self):
