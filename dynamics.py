@@ -54,15 +54,16 @@ KNOBS = dict(
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     scored=     (128,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("dim", "layers", "heads", "action", "canvas")
+MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
 
 
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas):
+    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking="paper"):
         super().__init__()
-        self.N, self.action, self.canvas = rows * columns, action, canvas
+        self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
+        self.wants_whole_past = canvas == "blank" or masking == "streams"                    # without holes; see World
         self.K = self.MASK = codes
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
         if canvas == "last":
@@ -101,30 +102,30 @@ class Dynamics(nn.Module):
         """The same, all the way: logits (B, T, N, K)."""
         return self.head(self.features(*args, **kwargs))
 
-    def forward(self, z, a, masking, noise, flaw="none"):
+    def forward(self, z, a, noise, flaw="none"):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1).
 
-        masking: `paper`: half or more of every frame (section 2.1). `frames`: as in play, a clean past, of random length, and
+        The model's masking is `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random length, and
         frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
         twice the tokens: a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
         """
         B, T, N = z.shape
         e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
-        if masking == "paper":                                           # one rate for a clip, U(0.5, 1)
+        if self.masking == "paper":                                      # one rate for a clip, U(0.5, 1)
             rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
         else:                                                            # one for each frame, by MaskGIT's cosine: often near 1
             rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=z.device))
-        if masking == "frames":                                          # a clean past of random length
+        if self.masking == "frames":                                     # a clean past of random length
             clean = torch.rand(B, 1, 1, device=z.device) * (T - 1)
             rate = rate * (torch.arange(T, device=z.device)[:, None] >= clean)
         hidden = torch.rand(B, T, N, device=z.device) < rate
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
-        if masking == "frames":
+        if self.masking != "paper":
             hidden[:, -1, 0] = True                                      # with few clips there might be nothing to score
         past = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
         past = torch.where(past, torch.randint(self.K, z.shape, device=z.device), z)
         last = self.before(past)
-        if masking == "streams":
+        if self.masking == "streams":
             time, mask = two_streams(T, self.transformer.window, z.device)
             if flaw == "acausal":
                 mask = torch.ones_like(mask)
@@ -191,7 +192,8 @@ class World:
     A frame costs as many passes as it has MaskGIT steps, and no more: the cache keeps it as the last of these saw it, with some
     holes. Nothing is lost, since the next frame is drawn over it, and in training half of the past or more is masked anyway:
     held-out frames were predicted a little better after a past with holes than after one without (README, lab notes). Only
-    over a blank canvas, the paper's, is a frame known by its own tokens alone, and there one more pass shows it finished.
+    over a blank canvas, the paper's, is a frame known by its own tokens alone, and with two streams the past was whole in
+    training: there one more pass shows the frame finished.
     """
 
     def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
@@ -216,7 +218,7 @@ class World:
         e, canvas = d.actions(a[:, None])[:, 1:], d.paint(self.last)     # (B, 1, D), (B, 1, N, D)
         predict = lambda z: d.logits(z, e, canvas, cache=self.cache)     # (B, 1, N, K)
         self.last = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
-        if d.canvas == "blank":
+        if d.wants_whole_past:
             predict(self.last)
         self.cache.advance()
         return self.last
@@ -246,7 +248,7 @@ def rollout(dynamics, z, a, cached=True, **sampling):
         e, canvas, drafts = d.actions(a[:, :t + 1]), d.paint(F.pad(z, (0, 0, 1, 0), value=d.MASK)), []
         predict = lambda new: drafts.append(new) or d.logits(torch.cat([seen, new], 1), e, canvas)[:, -1:]
         new = maskgit(predict, len(z), d.N, d.MASK, device=z.device, **sampling)
-        z, seen = torch.cat([z, new], 1), torch.cat([seen, new if d.canvas == "blank" else drafts[-1]], 1)
+        z, seen = torch.cat([z, new], 1), torch.cat([seen, new if d.wants_whole_past else drafts[-1]], 1)
     return z
 
 
@@ -441,7 +443,7 @@ def main(argv=None):
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)
         with autocast(args):
-            loss = net(z, a, args.masking, args.noise, args.flaw)
+            loss = net(z, a, args.noise, args.flaw)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

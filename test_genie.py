@@ -43,10 +43,10 @@ def small_lam(seed=0, window=4, past=4, flaw="none"):
     return m
 
 
-def small_dynamics(action="add", canvas="last", seed=0, window=4):
+def small_dynamics(action="add", canvas="last", masking="paper", seed=0, window=4):
     torch.manual_seed(seed)
     m = dyn.Dynamics(rows=4, columns=4, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
-                     canvas=canvas).eval()
+                     canvas=canvas, masking=masking).eval()
     m.buttons.copy_(torch.randn(8, 8))
     return m
 
@@ -241,7 +241,7 @@ def test_dynamics_is_causal():
 @pytest.mark.parametrize("masking", ["frames", "streams"])
 def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
     """The loss of frame 2 must not move with frame 4, which has not happened yet; with the flaw it does."""
-    m, a = small_dynamics(), torch.randint(8, (4, 5))
+    m, a = small_dynamics(masking=masking), torch.randint(8, (4, 5))
     z = torch.randint(24, (4, 6, 16))
     w = z.clone()
     w[:, 3] = (z[:, 3] + 1) % 24
@@ -251,7 +251,7 @@ def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
         answers.clear()
         for clip in (z, w):
             torch.manual_seed(0)
-            m(clip, a, masking, 0.0, flaw)
+            m(clip, a, 0.0, flaw)
         frame_2 = slice(0, 1) if masking == "streams" else slice(1, 2)           # streams are scored from frame 2 on
         assert torch.equal(*(x[:, frame_2] for x in answers)) == (flaw == "none")
 
@@ -260,14 +260,14 @@ def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
 
 @pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
 def test_targets_are_the_true_tokens_and_frame_one_is_never_masked(masking, monkeypatch):
-    m = small_dynamics()
+    m = small_dynamics(masking=masking)
     z, a = torch.randint(24, (8, 6, 16)), torch.randint(8, (8, 5))
     targets, inputs = [], []
     cross_entropy, features = F.cross_entropy, m.features
     monkeypatch.setattr(F, "cross_entropy", lambda p, t: targets.append(t) or cross_entropy(p, t))
     monkeypatch.setattr(m, "features", lambda x, *rest: inputs.append(x) or features(x, *rest))
     torch.manual_seed(0)
-    m(z, a, masking, noise=0.0)
+    m(z, a, noise=0.0)
     x, target = inputs[0], targets[0][targets[0] != -100]                       # -100: not scored
     assert (x[:, 0] == z[:, 0]).all()
     assert (target < m.K).all(), "a loss target is the mask token"
@@ -282,10 +282,11 @@ def test_targets_are_the_true_tokens_and_frame_one_is_never_masked(masking, monk
         assert share.min() > 0.35, "the paper masks at rates from 0.5 up"
 
 
-def test_there_is_always_something_to_score(monkeypatch):
+@pytest.mark.parametrize("masking", ["frames", "streams"])
+def test_there_is_always_something_to_score(masking, monkeypatch):
     """MaskGIT's cosine may hide nothing at all of a single clip; the mean of no losses is not a number."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.ones(*shape))
-    assert small_dynamics()(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)), "frames", noise=0.0).isfinite()
+    assert small_dynamics(masking=masking)(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)), noise=0.0).isfinite()
 
 
 @pytest.mark.parametrize("canvas", ["last", "blank"])
@@ -305,11 +306,11 @@ def test_two_streams_train_exactly_what_playing_asks(canvas):
 
 @pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
 def test_noise_replaces_past_tokens_but_never_targets(masking, monkeypatch):
-    m, z, a = small_dynamics(), torch.randint(24, (4, 6, 16)), torch.randint(8, (4, 5))
+    m, z, a = small_dynamics(masking=masking), torch.randint(24, (4, 6, 16)), torch.randint(8, (4, 5))
     inputs, targets, features, cross_entropy = [], [], m.features, F.cross_entropy
     monkeypatch.setattr(m, "features", lambda x, *rest: inputs.append(x) or features(x, *rest))
     monkeypatch.setattr(F, "cross_entropy", lambda p, t: targets.append(t) or cross_entropy(p, t))
-    m(z, a, masking, noise=1.0)
+    m(z, a, noise=1.0)
     x = inputs[0]
     if masking == "streams":
         assert (x[:, :6] != z).float().mean() > 0.1
@@ -387,15 +388,16 @@ def test_film_of_the_unmasking(monkeypatch):
     assert not (grey[:, 1:] & ~grey[:, :-1]).any(), "what is drawn is never masked again"
 
 
-@pytest.mark.parametrize("action, canvas", [("add", "last"), ("add", "blank"), ("prepend", "last")])
-def test_cached_sampling_equals_full_recomputation(action, canvas):
+@pytest.mark.parametrize("action, canvas, masking", [("add", "last", "paper"), ("add", "blank", "paper"), ("prepend", "last", "streams")])
+def test_cached_sampling_equals_full_recomputation(action, canvas, masking):
     """Same seed, same tokens, well past the window, in one pass a MaskGIT step; and pixels decoded one by one equal those decoded together."""
-    m, z, a = small_dynamics(action, canvas, window=4), torch.randint(24, (2, 2, 16)), torch.randint(8, (2, 10))
+    m, z, a = small_dynamics(action, canvas, masking, window=4), torch.randint(24, (2, 2, 16)), torch.randint(8, (2, 10))
     passes, forward = [], m.transformer.forward
     m.transformer.forward = lambda *x: passes.append(1) or forward(*x)
     torch.manual_seed(0)
     fast = dyn.rollout(m, z, a, steps=3)
-    assert len(passes) == 2 + (3 + (canvas == "blank")) * 9, "the prompt, then three passes for each of nine frames"
+    once_more = (canvas, masking) != ("last", "paper")          # where a frame must be seen finished
+    assert len(passes) == 2 + (3 + once_more) * 9, "the prompt, then three passes for each of nine frames"
     torch.manual_seed(0)
     slow = dyn.rollout(m, z, a, cached=False, steps=3)
     assert torch.equal(fast, slow) and fast.shape == (2, 11, 16)
@@ -735,11 +737,11 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
 
 
 def test_flaw_late_attaches_actions_one_frame_late():
-    m, z, a = small_dynamics(), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
+    m, z, a = small_dynamics(masking="streams"), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
 
     def loss(a, flaw="none"):
         torch.manual_seed(0)
-        return m(z, a, "streams", 0.0, flaw).item()
+        return m(z, a, 0.0, flaw).item()
 
     assert loss(a, "late") == loss(torch.cat([a[:, :1] * 0, a[:, :-1]], 1)) != loss(a)
 
