@@ -12,9 +12,11 @@ Where it departs from the paper (each measured in the README's lab notes):
   around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
   canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
   never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
-  of a clip is a lesson: other ways of masking (`--masking`), closer to play, learn less in the same minutes;
+  of a clip is a lesson: other ways of masking (`--masking`), with a clean past, learn less in the same minutes;
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
-  (GameNGen's remedy, in tokens).
+  (GameNGen's remedy, in tokens);
+- in play the past is as in training: a frame is remembered as its last MaskGIT pass saw it, some tokens still masked. The
+  paper conditions on finished frames; here that takes a pass more, and is done only where training had them (`World`).
 """
 import math
 
@@ -44,7 +46,7 @@ KNOBS = dict(
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
     canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
-    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams"),
+    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams (one pass a frame more in play)"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
     lr=         (3e-3,  8e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
@@ -60,10 +62,10 @@ MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking="paper"):
+    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking="paper"):      # the default: of older saves
         super().__init__()
         self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
-        self.wants_whole_past = canvas == "blank" or masking == "streams"                    # without holes; see World
+        self.wants_whole_past = canvas == "blank" or masking == "streams"                    # play shows it finished frames: see World
         self.K = self.MASK = codes
         self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
         if canvas == "last":
@@ -105,8 +107,8 @@ class Dynamics(nn.Module):
     def forward(self, z, a, noise, flaw="none"):
         """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1).
 
-        The model's masking is `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random length, and
-        frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
+        How clips are masked (self.masking). `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random
+        length, and frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
         twice the tokens: a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
         """
         B, T, N = z.shape
@@ -168,8 +170,9 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     for s in range(steps):
         logits = predict(z).float()
         if temperature > 0:
-            upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k): one random number a token is enough
-            drawn = torch.searchsorted(upto, torch.rand_like(upto[..., :1])).squeeze(-1).clamp(max=logits.size(-1) - 1)
+            upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k), up to 1, give or take rounding
+            luck = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]         # one random number a token is enough
+            drawn = torch.searchsorted(upto, luck).squeeze(-1)
         else:
             drawn = logits.argmax(-1)                                    # (B, 1, N)
         hole = z == MASK
@@ -186,14 +189,19 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     return z
 
 
+def frames_of(x):
+    """The frames of x (B, T, ...), one by one: T of (B, 1, ...). In one piece each, or what is compiled would be compiled once
+    more for every T that they were cut from."""
+    return [frame.clone(memory_format=torch.contiguous_format) for frame in x.split(1, 1)]
+
+
 class World:
     """A dynamics model being played: B worlds side by side, one frame at a time, in constant time and memory.
 
-    A frame costs as many passes as it has MaskGIT steps, and no more: the cache keeps it as the last of these saw it, with some
-    holes. Nothing is lost, since the next frame is drawn over it, and in training half of the past or more is masked anyway:
-    held-out frames were predicted a little better after a past with holes than after one without (README, lab notes). Only
-    over a blank canvas, the paper's, is a frame known by its own tokens alone, and with two streams the past was whole in
-    training: there one more pass shows the frame finished.
+    One pass a MaskGIT step: the cache keeps the frame as the last of them saw it, with holes (after a single step, nothing else).
+    Nothing is lost: the next frame is drawn over this one, and in training half of the past or more was masked, too; held-out
+    frames are predicted no worse than after a past without holes (README, lab notes). Two kinds of model need one more pass, over
+    the finished frame: over a blank canvas a frame is known by its own tokens alone, and two streams were trained on a whole past.
     """
 
     def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
@@ -206,16 +214,16 @@ class World:
         d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         self.cache.clear()
-        for frame in zip(*(x.split(1, 1) for x in (z, d.actions(a), d.paint(d.before(z))))):       # (z, e, canvas), each (B, 1, ...)
+        for frame in zip(*map(frames_of, (z, d.actions(a), d.paint(d.before(z))))):              # (z, e, canvas), each (B, 1, ...)
             d.logits(*frame, cache=self.cache)
             self.cache.advance()
-        self.last = z[:, -1:]
+        self.last = frames_of(z)[-1]
 
     @torch.no_grad()
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d = self.dynamics
-        e, canvas = d.actions(a[:, None])[:, 1:], d.paint(self.last)     # (B, 1, D), (B, 1, N, D)
+        e, canvas = frames_of(d.actions(a[:, None]))[1], d.paint(self.last)                      # (B, 1, D), (B, 1, N, D)
         predict = lambda z: d.logits(z, e, canvas, cache=self.cache)     # (B, 1, N, K)
         self.last = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         if d.wants_whole_past:
@@ -236,17 +244,22 @@ class World:
 def rollout(dynamics, z, a, cached=True, **sampling):
     """Go on from frames z (B, T, N) under actions a (B, T-1+M), of which the first T-1 led to z: (B, T+M, N).
 
-    cached=False computes the whole past anew at every MaskGIT step: slow, short to read, and exactly the same result.
+    cached=False computes the whole past anew at every MaskGIT step: slow, without any state, and exactly the same result.
     """
     d, T = dynamics, z.size(1)
     if cached:
         world = World(d, len(z), **sampling)
         world.prompt(z, a[:, :T - 1])
         return torch.cat([z] + [world.step(a[:, t]) for t in range(T - 1, a.size(1))], 1)
-    seen = z                                                             # the past as the model saw it last, see World
+    seen = z                                                             # each frame as its last pass saw it
     for t in range(T - 1, a.size(1)):
-        e, canvas, drafts = d.actions(a[:, :t + 1]), d.paint(F.pad(z, (0, 0, 1, 0), value=d.MASK)), []
-        predict = lambda new: drafts.append(new) or d.logits(torch.cat([seen, new], 1), e, canvas)[:, -1:]
+        e, drafts = d.actions(a[:, :t + 1]), []
+        canvas = d.paint(F.pad(z, (0, 0, 1, 0), value=d.MASK))           # the frame before each of frames 1..t and the new one
+
+        def predict(new):
+            drafts.append(new)
+            return d.logits(torch.cat([seen, new], 1), e, canvas)[:, -1:]
+
         new = maskgit(predict, len(z), d.N, d.MASK, device=z.device, **sampling)
         z, seen = torch.cat([z, new], 1), torch.cat([seen, new if d.wants_whole_past else drafts[-1]], 1)
     return z
@@ -458,8 +471,7 @@ def main(argv=None):
 def lam_step(run, net, x, step, args):
     """One step of lam.py on clips x, for --cotrain: the latent actions (B, T-1). They are integers: no gradient of the dynamics
     loss can pass through them, which is the stop-gradient of section 2.1."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.args.lr * schedule(step, run.args.steps, run.args.warmup)
+    schedule(run.optimizer, step, run.args)
     with autocast(args):
         loss, a, _ = net(x)
     run.optimizer.zero_grad()

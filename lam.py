@@ -191,8 +191,7 @@ def score_oracle(args, clips, config):
     optimizer = make_optimizer(model, args.lr)
     compile_blocks(model, args)
     for step in tqdm(range(args.steps), desc="oracle", dynamic_ncols=True):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps, args.warmup)
+        schedule(optimizer, step, args)
         starts = clips.draw(args.batch)
         with autocast(args):
             logits = model(clips.at(starts))

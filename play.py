@@ -38,7 +38,7 @@ import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, displacement, psnr
-from dynamics import World, delta_psnr, rollout, sampling_of
+from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
 from st_block import (SIZES, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
 
@@ -86,8 +86,8 @@ class Game:
         frames = 1 if self.still is None else 2
         z = self.tokenizer.encode(frame.expand(1, frames, -1, -1, -1).to(self.device))      # (1, 1 or 2, N)
         self.world.prompt(z, torch.full((1, frames - 1), self.still or 0, device=self.device))
-        for t in range(frames):
-            self.frame = self.draw(z[:, t:t + 1])
+        for tokens in frames_of(z):
+            self.frame = self.draw(tokens)
         self.true = true
         self.undo, self.count = [], 0
         return self.frame
@@ -724,7 +724,7 @@ def main(argv=None):
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--compile", choices=("on", "off"), default="off", help="on: half a minute before the first frame, then each takes a third less (two cores)")
+    p.add_argument("--compile", choices=("on", "off"), default="off", help="on: half a minute before the first frame, then each takes a tenth to a quarter less (two cores)")
     p.add_argument("--script", action="store_true", help="no window: write play.gif and buttons.png")
     p.add_argument("--score", action="store_true", help="measure controllability, write scores.json")
     p.add_argument("--bench", action="store_true", help="measure frames per second")

@@ -139,7 +139,7 @@ class STBlock(nn.Module):
         B, T, N, D = x.shape
         s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
         x = x + self.space(s).view(B, T, N, D)
-        t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)     # every place by itself
+        t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)     # every place by itself; in one piece, or a matrix product is slow
         x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
         return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 
@@ -163,7 +163,7 @@ class STTransformer(nn.Module):
     def forward(self, x, time=None, mask=None, cache=None):
         """x (B, T, N, D) -> the same. time (T,) and mask (T, T) default to 0..T-1 and causal within the window.
 
-        With a cache, x (B, 1, N, D) is the frame that follows those in it.
+        With a cache, x (B, 1, N, D) is the frame after those that it has advanced past.
         """
         T = x.size(1)
         if cache is not None:
@@ -204,7 +204,7 @@ class Cache:
         window, device = self.k[0].size(2), self.k[0].device
         time = torch.tensor([now], device=device)
         self.now, self.slot, self.turn = now, time % window, rotary(time, self.k[0].size(-1))
-        self.mask = (torch.arange(window, device=device) <= now)[None]           # at first some slots are still empty
+        self.mask = (torch.arange(window, device=device) <= now)[None]           # the ring holds just the window; at first, less
 
     def advance(self):
         """The frame that came in last stays as it is: the next forward pass is of the one after it."""
@@ -436,12 +436,14 @@ def load_model(path, build, stage, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------ plumbing: training
 
-def schedule(step, steps, warmup, floor=0.1):
-    """Share of the peak learning rate at `step`: linear warm-up, then half a cosine down to `floor` (appendix C)."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def schedule(optimizer, step, args, floor=0.1):
+    """Set the learning rate of `step`: linear warm-up to args.lr, then half a cosine down to `floor` of it (appendix C)."""
+    if step < args.warmup:
+        share = (step + 1) / args.warmup
+    else:
+        share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * share
 
 
 def make_optimizer(model, lr):
@@ -517,7 +519,7 @@ class Run:
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
         if args.resume:
             ckpt = read_checkpoint(self.path, stage)
-            if ckpt["config"] != config or ckpt["optimizer"] is None:
+            if config | ckpt["config"] != config or ckpt["optimizer"] is None:   # (an older save may lack a key of today)
                 stop(f"{self.path} cannot be resumed here (other data, or play-only weights); train afresh without --resume")
             for k in origin:
                 if ckpt["origin"].get(k) != origin[k]:
@@ -561,8 +563,7 @@ class Run:
         step = self.first
         for step in range(self.first, args.steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
-            for group in self.optimizer.param_groups:
-                group["lr"] = args.lr * schedule(step, args.steps, args.warmup)
+            schedule(self.optimizer, step, args)
             yield step
             self.bar.update()
             if self.stopped:
