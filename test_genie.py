@@ -690,13 +690,13 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     assert process.returncode == 130 and "--resume" in rest and "Traceback" not in rest
     stopped = torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"]
     assert 0 < stopped < 24
-    if stage == "tokenizer":
-        fails_with_one_sentence(run(*command("parts", "--resume", "--steps", str(stopped - 1))[1:], cwd=tmp_path), "beyond --steps")
     assert subprocess.run(command("parts", "--resume"), cwd=tmp_path, capture_output=True).returncode == 0
     a, b = (torch.load(tmp_path / f / f"{stage}.pt", weights_only=True) for f in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["fingerprint"] == b["fingerprint"]
     assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k])
                for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
+    if stage == "tokenizer":
+        fails_with_one_sentence(run(*command("parts", "--resume", "--steps", "23")[1:], cwd=tmp_path), "beyond --steps")
 
 
 def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
