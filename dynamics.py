@@ -62,7 +62,8 @@ MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking="paper"):      # the default: of older saves
+    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas,
+                 masking="paper"):                                       # the default is for saves older than the choice
         super().__init__()
         self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
         self.wants_whole_past = canvas == "blank" or masking == "streams"                    # play shows it finished frames: see World
@@ -217,7 +218,7 @@ class World:
         for frame in zip(*map(frames_of, (z, d.actions(a), d.paint(d.before(z))))):              # (z, e, canvas), each (B, 1, ...)
             d.logits(*frame, cache=self.cache)
             self.cache.advance()
-        self.last = frames_of(z)[-1]
+        self.last = z[:, -1:]
 
     @torch.no_grad()
     def step(self, a, film=None):
@@ -244,7 +245,7 @@ class World:
 def rollout(dynamics, z, a, cached=True, **sampling):
     """Go on from frames z (B, T, N) under actions a (B, T-1+M), of which the first T-1 led to z: (B, T+M, N).
 
-    cached=False computes the whole past anew at every MaskGIT step: slow, without any state, and exactly the same result.
+    cached=False computes the whole past anew at every MaskGIT step: slow, without a cache, and exactly the same result.
     """
     d, T = dynamics, z.size(1)
     if cached:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
-from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, make_optimizer,
+from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, counts, make_optimizer,
                       parallel, parser, patchify, perplexity, save_figure, schedule, settle, stop, unpatchify, write_json)
 
 FLAWS = ("none",
@@ -215,7 +215,7 @@ def evaluate(lam, args):
     K = len(lam.vq.codebook)
     shuffled = a.flatten()[torch.randperm(a.numel(), generator=torch.Generator().manual_seed(0)).to(a.device)].view_as(a)
     score = lambda a: psnr(torch.cat([lam.decode(x[i:i + 16, :-1], a[i:i + 16]) for i in range(0, len(x), 16)]), x[:, 1:])
-    share = torch.bincount(a.flatten(), minlength=K) / a.numel()
+    share = counts(a, K) / a.numel()
     scores = dict(psnr=score(a).mean().item(), psnr_shuffled=score(shuffled).mean().item(),
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())
     scores |= dict(lam_gain=scores["psnr"] - scores["psnr_shuffled"], codes_in_use=int((share >= 0.02).sum()), codes=K,

@@ -139,7 +139,7 @@ class STBlock(nn.Module):
         B, T, N, D = x.shape
         s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
         x = x + self.space(s).view(B, T, N, D)
-        t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)     # every place by itself; in one piece, or a matrix product is slow
+        t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)     # every place by itself (strided, qkv is slow)
         x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
         return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 

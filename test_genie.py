@@ -388,9 +388,11 @@ def test_film_of_the_unmasking(monkeypatch):
     assert not (grey[:, 1:] & ~grey[:, :-1]).any(), "what is drawn is never masked again"
 
 
-@pytest.mark.parametrize("action, canvas, masking", [("add", "last", "paper"), ("add", "blank", "paper"), ("prepend", "last", "paper"), ("add", "last", "streams")])
+@pytest.mark.parametrize("action, canvas, masking", [("add", "last", "paper"), ("add", "blank", "paper"), ("prepend", "last", "paper"),
+                                                     ("add", "last", "streams")])
 def test_cached_sampling_equals_full_recomputation(action, canvas, masking):
-    """Same seed, same tokens, well past the window, in one pass a MaskGIT step (and one more where a frame must be seen finished); and pixels decoded one by one equal those decoded together."""
+    """Same seed, same tokens, well past the window, in one pass a MaskGIT step (and one more where a frame must be seen finished);
+    and pixels decoded one by one equal those decoded together."""
     m, z, a = small_dynamics(action, canvas, masking, window=4), torch.randint(24, (2, 2, 16)), torch.randint(8, (2, 10))
     passes, forward = [], m.transformer.forward
     m.transformer.forward = lambda *x: passes.append(1) or forward(*x)
