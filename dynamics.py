@@ -15,6 +15,8 @@ Where it departs from the paper (each measured in the README's lab notes):
   of a clip is a lesson: other ways of masking (`--masking`), with a clean past, learn less in the same minutes;
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens);
+- a small head learns which codes can come next (`prior`). A latent action tells what happened, and not everything can happen
+  anywhere: who falls cannot rise. The other models never see its gradient; play asks it (`World.possible`);
 - in play the past is as in training: a frame is remembered as its last MaskGIT pass saw it, some tokens still masked. The
   paper conditions on finished frames; here that takes a pass more, and is done only where training had them (`World`).
 """
@@ -29,8 +31,8 @@ from tqdm import tqdm
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
-from st_block import (Neighbours, Run, STTransformer, autocast, compile_blocks, fingerprint, load_model, make_optimizer, parallel,
-                      parser, patchify, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
+from st_block import (Neighbours, Run, STTransformer, autocast, fingerprint, load_model, make_optimizer, parallel,
+                      parser, patchify, perplexity, prepare_blocks, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
 
 FLAWS = ("none",
          "late",            # in training, every action is attached to the frame after the one that it leads to
@@ -39,7 +41,7 @@ FLAWS = ("none",
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
     steps=      (500,  10000, 30000, 200000, "training steps"),
-    batch=      (  8,      4,    36,     36, "clips in a step"),
+    batch=      (  8,      4,    32,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
     layers=     (  2,      2,    12,     12, "ST blocks"),
@@ -62,8 +64,7 @@ MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas,
-                 masking="paper"):                                       # the default is for saves older than the choice
+    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking):
         super().__init__()
         self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
         self.wants_whole_past = canvas == "blank" or masking == "streams"                    # play shows it finished frames: see World
@@ -77,6 +78,7 @@ class Dynamics(nn.Module):
         self.embed_action = nn.Linear(code_dim, dim)
         self.transformer = STTransformer(self.N + (action == "prepend"), dim, layers, heads, window)
         self.head = nn.Linear(dim, codes)
+        self.prior = nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Flatten(-2), nn.Linear(32 * self.N, buttons))      # (B, T, N, D) -> (B, T, buttons)
         nn.init.normal_(self.embed.weight, std=0.5)
 
     def actions(self, a):
@@ -106,7 +108,8 @@ class Dynamics(nn.Module):
         return self.head(self.features(*args, **kwargs))
 
     def forward(self, z, a, noise, flaw="none"):
-        """The training loss: cross-entropy of the masked tokens of clips z (B, T, N) under actions a (B, T-1).
+        """Clips z (B, T, N) under actions a (B, T-1) -> the training loss, the cross-entropy of the masked tokens; and, of no
+        consequence for it, that of each next action, by the prior from the frames before it.
 
         How clips are masked (self.masking). `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random
         length, and frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
@@ -134,12 +137,14 @@ class Dynamics(nn.Module):
                 mask = torch.ones_like(mask)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            x = self.features(both, twice(e), twice(self.paint(last)), time, mask)[:, T:]
-            hidden, target = hidden[:, 1:], z[:, 1:]
+            seen = self.features(both, twice(e), twice(self.paint(last)), time, mask)
+            x, hidden, target = seen[:, T:], hidden[:, 1:], z[:, 1:]
         else:
             mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
-            x, target = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask), z
-        return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
+            x = seen = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
+            target = z
+        loss = self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
+        return loss, F.cross_entropy(self.prior(seen[:, :T - 1].detach()).flatten(0, 1).float(), a.flatten())
 
     def loss(self, x, target):
         """Cross-entropy of features x (B, T, N, D) against tokens (B, T, N). Apart, so that it can be compiled: its logits are by
@@ -205,9 +210,26 @@ class World:
     the finished frame: over a blank canvas a frame is known by its own tokens alone, and two streams were trained on a whole past.
     """
 
-    def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
-        self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
+    def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random", least=0.0):
+        """least: see `possible`. The rest: see `maskgit`."""
+        self.dynamics, self.B, self.steps, self.temperature, self.order, self.least = dynamics, B, steps, temperature, order, least
         self.cache = dynamics.transformer.new_cache(B)
+
+    def see(self, z, e, canvas):
+        """One pass of a frame z (B, 1, N), with holes or without: its logits (B, 1, N, K)."""
+        self.seen = self.dynamics.features(z, e, canvas, cache=self.cache)
+        return self.dynamics.head(self.seen)
+
+    def advance(self):
+        """The frame is done: what may come next, (B, buttons)?"""
+        self.likely = self.dynamics.prior(self.seen)[:, 0].softmax(-1)
+        self.cache.advance()
+
+    def possible(self, a):
+        """Codes a (B,) as they will be played: one that the prior gives less than `least` becomes the nearest, in the LAM's codebook,
+        of those that it gives more. To be told "rising" in mid-fall, which no video ever showed, the model would have to make up something."""
+        far = torch.cdist(self.dynamics.buttons[a], self.dynamics.buttons)                       # (B, buttons)
+        return far.masked_fill(self.likely < self.least, float("inf")).argmin(-1)
 
     @torch.no_grad()
     def prompt(self, z, a=None):
@@ -216,29 +238,29 @@ class World:
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         self.cache.clear()
         for frame in zip(*map(frames_of, (z, d.actions(a), d.paint(d.before(z))))):              # (z, e, canvas), each (B, 1, ...)
-            d.logits(*frame, cache=self.cache)
-            self.cache.advance()
+            self.see(*frame)
+            self.advance()
         self.last = z[:, -1:]
 
     @torch.no_grad()
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
-        d = self.dynamics
-        e, canvas = frames_of(d.actions(a[:, None]))[1], d.paint(self.last)                      # (B, 1, D), (B, 1, N, D)
-        predict = lambda z: d.logits(z, e, canvas, cache=self.cache)     # (B, 1, N, K)
+        d, self.played = self.dynamics, self.possible(a)
+        e, canvas = frames_of(d.actions(self.played[:, None]))[1], d.paint(self.last)            # (B, 1, D), (B, 1, N, D)
+        predict = lambda z: self.see(z, e, canvas)                       # (B, 1, N, K)
         self.last = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         if d.wants_whole_past:
             predict(self.last)
-        self.cache.advance()
+        self.advance()
         return self.last
 
     def snapshot(self):
         """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
-        return self.last, self.cache.snapshot()
+        return self.last, self.likely, self.cache.snapshot()
 
     def restore(self, snapshot):
-        self.last = snapshot[0]
-        self.cache.restore(snapshot[1])
+        self.last, self.likely, cached = snapshot
+        self.cache.restore(cached)
 
 
 @torch.no_grad()
@@ -300,9 +322,12 @@ def evaluate(dynamics, args, tokenizer, lam):
     x = valid.at(valid.spread(args.scored))
     inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
     delta = inferred - random
+    a = torch.cat([lam.encode(part) for part in x.split(32)])            # (clips, 4)
+    seen = torch.cat([dynamics.features(tokenizer.encode(part), dynamics.actions(b)) for part, b in zip(x.split(32), a.split(32))])
+    surprise = F.cross_entropy(dynamics.prior(seen[:, :-1]).flatten(0, 1), a.flatten())
     scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
                   psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), maskgit=args.maskgit, temperature=args.temperature,
-                  order=args.order)
+                  order=args.order, code_surprise=surprise.item(), code_entropy=perplexity(a, len(dynamics.buttons)).log().item())
     long = Clips(args.data, "valid", 9, args.device)
     x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
     y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling_of(args)))
@@ -439,7 +464,7 @@ def main(argv=None):
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam),
               cotrain=args.cotrain or None)
     for m in (tokenizer, lam, model):
-        compile_blocks(m, args)
+        prepare_blocks(m, args)
     if args.compile == "on":
         model.loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
     tokens, actions = encode(clips, tokenizer, None if beside else lam, args)
@@ -457,12 +482,12 @@ def main(argv=None):
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)
         with autocast(args):
-            loss = net(z, a, args.noise, args.flaw)
+            loss, prior = net(z, a, args.noise, args.flaw)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + 0.1 * prior).backward()                                  # 0.1: or it would weigh in the clipping (to AdamW it is all one)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss)
+        run.log(step, loss, prior=prior)
 
     if beside:
         beside.report(lam_stage.evaluate)
@@ -474,7 +499,7 @@ def lam_step(run, net, x, step, args):
     loss can pass through them, which is the stop-gradient of section 2.1."""
     schedule(run.optimizer, step, run.args)
     with autocast(args):
-        loss, a, _ = net(x)
+        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps)
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)

@@ -66,7 +66,7 @@ class Game:
             for cache in (self.world.cache, self.pictures):     # a CUDA graph may write only to what stays in its place
                 for kept in cache.k + cache.v:
                     torch._dynamo.mark_static_address(kept)
-            self.dynamics.logits = torch.compile(self.dynamics.logits, **how)
+            self.dynamics.features = torch.compile(self.dynamics.features, **how)
             self.tokenizer.decode = torch.compile(self.tokenizer.decode, **how)
 
     def assign(self, none, left, right, up):
@@ -335,6 +335,7 @@ class Window:
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
         self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   " + ("paused   " if self.paused else "")
                            + (f"code {self.label(choice[0])}   " if choice else "")
+                           + (f"(as {played + 1})   " if choice and (played := int(game.world.played)) != choice[0] else "")
                            + ("recording   " if self.film is not None else "")
                            + ("drawing: s when done" if self.sketch is not None else ""))
         canvas = self.figure.canvas
@@ -631,7 +632,7 @@ def score(game, supply, args):
     if fingerprint(lam) != game.origin["lam"]:
         stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
     sampling = sampling_of(args)
-    result = dict(sampling, seed=args.seed)
+    result = dict(sampling, least=args.least, seed=args.seed)
     longest = max(Clips(args.data, "valid", 1).meta["episodes"]["valid"])
     for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
         if longest <= frames:
@@ -720,6 +721,8 @@ def main(argv=None):
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
+    p.add_argument("--least", type=float, default=0.03, metavar="P", help="a code that the model gives less than this chance to come next "
+                   "is played as the nearest one that it gives more (0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
@@ -731,8 +734,8 @@ def main(argv=None):
     p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1:
-        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative")
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 0.1:
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 0.1")
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
@@ -749,7 +752,7 @@ def main(argv=None):
         return export(args)
     torch.manual_seed(args.seed)
     models = untrained(args.size, args.device) if args.size else load(args.folder, args.device)
-    game = Game(models, args, **sampling_of(args))
+    game = Game(models, args, least=args.least, **sampling_of(args))
     if args.keys:
         game.assign(*args.keys)
     supply = starts(args, game)

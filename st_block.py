@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 SIZES = ("test", "laptop", "gpu", "coinrun")
 
@@ -149,6 +150,7 @@ class STTransformer(nn.Module):
 
     In each layer a frame looks at itself and the window - 1 frames before it, however long the clip.
     """
+    recompute = False           # keep only what goes into each block, and compute the rest again when the gradient needs it
 
     def __init__(self, tokens, dim, layers, heads, window):
         super().__init__()
@@ -174,7 +176,10 @@ class STTransformer(nn.Module):
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], cache.slot))
+            if self.recompute and self.training:
+                x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
+            else:
+                x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], cache.slot))
         return self.norm(x)
 
     def new_cache(self, B):
@@ -323,6 +328,9 @@ def parser(doc, knobs, **choices):
     p.add_argument("--bench", action="store_true", help="train nothing: time a few steps and print one line of JSON")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                    help="torch.compile (auto: on, if there is a GPU or a C++ compiler, but not at size test)")
+    p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
+                   help="save memory, not time: of each block keep the input only, compute it again in the backward pass "
+                        "(auto: on at sizes gpu and coinrun, which then fit in 16 GB; off is faster)")
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
@@ -458,9 +466,10 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda" or args.compile == "on" and able)
 
 
-def compile_blocks(model, args):
+def prepare_blocks(model, args):
     """torch.compile every ST block: they share one compiled graph, so this takes a third of the time that the whole model
-    takes, for nearly all of the gain. `auto`: if it can work (a GPU, or a C++ compiler) and pays (not at size test)."""
+    takes, for nearly all of the gain. `auto`: if it can work (a GPU, or a C++ compiler) and pays (not at size test).
+    And --recompute (Chen et al. 2016): a third more arithmetic for a fifth of the memory."""
     if args.compile == "auto":
         able = args.device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
         args.compile = "on" if able and args.size != "test" else "off"
@@ -468,6 +477,9 @@ def compile_blocks(model, args):
         for module in model.modules():
             if isinstance(module, STBlock):
                 module.compile(fullgraph=True, dynamic=False)
+    for module in model.modules():
+        if isinstance(module, STTransformer):
+            module.recompute = args.recompute == "on" or args.recompute == "auto" and args.size in ("gpu", "coinrun")
 
 
 def parallel(model, args):
@@ -484,7 +496,7 @@ def memory(device):
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     with contextlib.suppress(ImportError):
         import resource
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9), 3)
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e9, 3)
 
 
 def seconds(call, n):
@@ -519,7 +531,7 @@ class Run:
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
         if args.resume:
             ckpt = read_checkpoint(self.path, stage)
-            if config | ckpt["config"] != config or ckpt["optimizer"] is None:   # (an older save may lack a key of today)
+            if ckpt["config"] != config or ckpt["optimizer"] is None:
                 stop(f"{self.path} cannot be resumed here (other data, or play-only weights); train afresh without --resume")
             for k in origin:
                 if ckpt["origin"].get(k) != origin[k]:
@@ -600,13 +612,14 @@ class Run:
             rows.append([b - a for a, b in zip(marks, marks[1:])])
         for hook in hooks:
             hook.remove()
-        peak, flops = memory(args.device), FlopCounterMode(display=False)
+        peak, counter, forward = memory(args.device), FlopCounterMode(display=False), []
+        self.model.register_forward_hook(lambda *_: forward.append(counter.get_total_flops()))   # what is computed again is no progress
         counted = sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else contextlib.nullcontext()
-        with torch.compiler.set_stance("force_eager"), counted, flops:           # it sees through torch's operations only
+        with torch.compiler.set_stance("force_eager"), counted, counter:         # it sees through torch's operations only
             yield step
         self.bar.close()
         phases = [sorted(column)[timed // 2] for column in zip(*rows[warm:])]
-        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], flops.get_total_flops()
+        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], 3 * forward[0]         # by custom: backward costs twice as much
         with autocast(args):
             dtype = torch.get_autocast_dtype(args.device.type) if torch.is_autocast_enabled(args.device.type) else torch.float32
         if args.rank > 0:

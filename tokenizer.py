@@ -16,13 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Clips, psnr
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, compile_blocks, make_optimizer, parallel,
-                      parser, patchify, perplexity, save_picture, settle, unpatchify)
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, make_optimizer, parallel,
+                      parser, patchify, perplexity, prepare_blocks, save_picture, settle, unpatchify)
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
     steps=      (350,    700, 20000, 300000, "training steps"),
-    batch=      (  8,     16,    48,     48, "clips in a step"),
+    batch=      (  8,     16,    40,     48, "clips in a step"),
     frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
     patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
     dim=        ( 64,    128,   512,    512, "width D"),
@@ -113,7 +113,7 @@ def main(argv=None):
     model = build(**config).to(args.device)
     optimizer = make_optimizer(model, args.lr)
     run = Run("tokenizer", args, model, optimizer, config, data=clips.name)
-    compile_blocks(model, args)
+    prepare_blocks(model, args)
     net = parallel(model, args)
 
     for step in run.steps():
