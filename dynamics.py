@@ -16,7 +16,7 @@ Where it departs from the paper (each measured in the README's lab notes):
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens);
 - a small head learns which codes can come next (`prior`). A latent action tells what happened, and not everything can happen
-  anywhere: who falls cannot rise. The other models never see its gradient; play asks it (`World.possible`);
+  anywhere: who falls cannot rise. The rest of the model never sees its gradient; play asks it (`World.possible`);
 - in play the past is as in training: a frame is remembered as its last MaskGIT pass saw it, some tokens still masked. The
   paper conditions on finished frames; here that takes a pass more, and is done only where training had them (`World`).
 """
@@ -108,8 +108,8 @@ class Dynamics(nn.Module):
         return self.head(self.features(*args, **kwargs))
 
     def forward(self, z, a, noise, flaw="none"):
-        """Clips z (B, T, N) under actions a (B, T-1) -> the training loss, the cross-entropy of the masked tokens; and, of no
-        consequence for it, that of each next action, by the prior from the frames before it.
+        """Clips z (B, T, N) under actions a (B, T-1) -> two losses. The dynamics': cross-entropy of the masked tokens. And, of
+        features whose gradient ends there, the prior's: cross-entropy of each action, from the frames before it.
 
         How clips are masked (self.masking). `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random
         length, and frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
@@ -228,8 +228,10 @@ class World:
     def possible(self, a):
         """Codes a (B,) as they will be played: one that the prior gives less than `least` becomes the nearest, in the LAM's codebook,
         of those that it gives more. To be told "rising" in mid-fall, which no video ever showed, the model would have to make up something."""
-        far = torch.cdist(self.dynamics.buttons[a], self.dynamics.buttons)                       # (B, buttons)
-        return far.masked_fill(self.likely < self.least, float("inf")).argmin(-1)
+        e = self.dynamics.buttons
+        rare = self.likely < min(self.least, 0.5 / len(e))                                       # (B, buttons), never all of them
+        nearest = torch.cdist(e[a], e).masked_fill(rare, float("inf")).argmin(-1)
+        return torch.where(rare.gather(-1, a[:, None])[:, 0], nearest, a)
 
     @torch.no_grad()
     def prompt(self, z, a=None):
@@ -267,7 +269,8 @@ class World:
 def rollout(dynamics, z, a, cached=True, **sampling):
     """Go on from frames z (B, T, N) under actions a (B, T-1+M), of which the first T-1 led to z: (B, T+M, N).
 
-    cached=False computes the whole past anew at every MaskGIT step: slow, without a cache, and exactly the same result.
+    cached=False computes the whole past anew at every MaskGIT step: slow, without a cache, and exactly the same result. What
+    is told is played, likely or not (least 0).
     """
     d, T = dynamics, z.size(1)
     if cached:
@@ -484,7 +487,7 @@ def main(argv=None):
         with autocast(args):
             loss, prior = net(z, a, args.noise, args.flaw)
         optimizer.zero_grad()
-        (loss + 0.1 * prior).backward()                                  # 0.1: or it would weigh in the clipping (to AdamW it is all one)
+        (loss + 0.1 * prior).backward()                                  # 0.1: little in the clipping, and to AdamW all one
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.log(step, loss, prior=prior)

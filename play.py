@@ -14,8 +14,8 @@
     s             sketch: draw on the frame with the mouse (right   q      quit
                   button: take the colour there), s again: play it
 
-What happens in a step (section 2.2): the code you pressed is looked up in the LAM's codebook, MaskGIT fills in the tokens of
-the next frame, the tokenizer's decoder turns them into pixels. Tokens are never encoded again from pixels; both transformers
+What happens in a step (section 2.2): the code you pressed (or, if that cannot happen here, the nearest that can: --least) is
+looked up in the LAM's codebook, MaskGIT fills in the tokens of the next frame, the tokenizer's decoder turns them into pixels. Tokens are never encoded again from pixels; both transformers
 keep the keys and values of the past (st_block.Cache), so a frame costs the same after an hour as at the start.
 """
 import argparse
@@ -61,7 +61,7 @@ class Game:
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
-        if args.compile == "on":                                # a frame is hundreds of small operations: all of a step in one graph
+        if args.compile == "on":                                # a frame is hundreds of small operations: each pass in one graph
             how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
             for cache in (self.world.cache, self.pictures):     # a CUDA graph may write only to what stays in its place
                 for kept in cache.k + cache.v:
@@ -335,7 +335,7 @@ class Window:
         rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
         self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   " + ("paused   " if self.paused else "")
                            + (f"code {self.label(choice[0])}   " if choice else "")
-                           + (f"(as {played + 1})   " if choice and (played := int(game.world.played)) != choice[0] else "")
+                           + (f"played as {self.label(played)}   " if choice and (played := int(game.world.played)) != choice[0] else "")
                            + ("recording   " if self.film is not None else "")
                            + ("drawing: s when done" if self.sketch is not None else ""))
         canvas = self.figure.canvas
@@ -722,7 +722,7 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--least", type=float, default=0.03, metavar="P", help="a code that the model gives less than this chance to come next "
-                   "is played as the nearest one that it gives more (0: as it was pressed; default: %(default)s)")
+                   "(at most half an even share) is played as the nearest one that it gives more (0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
@@ -734,8 +734,8 @@ def main(argv=None):
     p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 0.1:
-        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 0.1")
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 1:
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 1")
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling

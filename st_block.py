@@ -176,7 +176,7 @@ class STTransformer(nn.Module):
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
         for i, block in enumerate(self.blocks):
-            if self.recompute and self.training:
+            if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
             else:
                 x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], cache.slot))
@@ -330,7 +330,7 @@ def parser(doc, knobs, **choices):
                    help="torch.compile (auto: on, if there is a GPU or a C++ compiler, but not at size test)")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
                    help="save memory, not time: of each block keep the input only, compute it again in the backward pass "
-                        "(auto: on at sizes gpu and coinrun, which then fit in 16 GB; off is faster)")
+                        "(auto: on at sizes gpu and coinrun; gpu then fits in 16 GB; off is faster)")
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
@@ -362,16 +362,19 @@ def settle(args, stage):
     if args.resume:                                  # a checkpoint carries its configuration: no flag need be repeated
         path = args.run / f"{stage}.pt"
         begun = read_checkpoint(path, stage)["knobs"]
+        for k in args.knobs:
+            if k not in begun:
+                stop(f"{path} was begun by another version, which knew no --{k.replace('_', '-')}; train afresh without --resume")
         for k, v in asked.items():
-            if k != "steps" and begun.get(k) != v:
-                stop(f"--{k} {v} was asked for, but {path} was begun with {begun.get(k)}; leave it out to resume")
+            if k != "steps" and begun[k] != v:
+                stop(f"--{k.replace('_', '-')} {v} was asked for, but {path} was begun with {begun[k]}; leave it out to resume")
         asked = begun | asked
     args.size = asked.get("size") or ("gpu" if args.device.type == "cuda" else "laptop")
     args.seed = asked.get("seed", 0)
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
         if not isinstance(v, str) and (v < 0 or v == 0 and isinstance(v, int)):
-            stop(f"--{k} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
+            stop(f"--{k.replace('_', '-')} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
@@ -531,8 +534,8 @@ class Run:
         self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
         if args.resume:
             ckpt = read_checkpoint(self.path, stage)
-            if ckpt["config"] != config or ckpt["optimizer"] is None:
-                stop(f"{self.path} cannot be resumed here (other data, or play-only weights); train afresh without --resume")
+            if ckpt["config"] != config or ckpt["optimizer"] is None or ckpt["model"].keys() != model.state_dict().keys():
+                stop(f"{self.path} cannot be resumed here (other data, play-only weights, or of another version); train afresh without --resume")
             for k in origin:
                 if ckpt["origin"].get(k) != origin[k]:
                     stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); train afresh")

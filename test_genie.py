@@ -259,8 +259,8 @@ def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
     z = torch.randint(24, (4, 6, 16))
     w = z.clone()
     w[:, 3] = (z[:, 3] + 1) % 24
-    answers, cross_entropy = [], F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda p, t: answers.append(p.unflatten(0, (4, -1, 16))) or cross_entropy(p, t))
+    answers, loss = [], m.loss
+    monkeypatch.setattr(m, "loss", lambda x, target: answers.append(x) or loss(x, target))
     for flaw in ("none", "acausal"):
         answers.clear()
         for clip in (z, w):
@@ -440,6 +440,7 @@ def test_a_code_that_cannot_come_next_is_played_as_the_nearest_that_can():
     rare = [0.2, 0.2, 0.2, 0.2, 0.001, 0.1, 0.098, 0.001]
     assert press([4, 1], rare, 0.03)[1] == [3, 1] and press([7, 7], rare, 0.03)[1] == [6, 6]
     assert press([4, 7], rare, 0.0)[1] == [4, 7], "nobody asked"
+    assert press([5, 6], rare, 0.9)[1] == [5, 6], "half an even share is always possible"
     assert torch.equal(press([4, 1], rare, 0.03)[0], press([3, 1], rare, 0.0)[0]), "played as if 3 had been pressed"
 
 
@@ -461,19 +462,38 @@ def test_prior_is_told_the_past_alone_and_teaches_nobody_else(masking, monkeypat
     assert changed(seen[0], seen[1], 1) == [False, False, False, True, True]
 
 
+def test_prior_learns_what_can_come_next():
+    """Here a frame tells: what can come is one of two codes, by its first token."""
+    m = small_dynamics()
+    z = torch.randint(24, (16, 4, 16))
+    a = 2 * (z[:, :-1, 0] % 4) + torch.randint(2, (16, 3))
+    optimizer = torch.optim.AdamW(m.prior.parameters(), lr=1e-2)
+    with torch.no_grad():
+        x = m.features(z, m.actions(a))[:, :-1]
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(m.prior(x).flatten(0, 1), a.flatten()).backward()
+        optimizer.step()
+    world = dyn.World(m, 16)
+    world.prompt(z[:, :1])
+    assert world.likely.gather(1, 2 * (z[:, :1, 0] % 4) + torch.arange(2)).sum(1).mean() > 0.8, "play is told the same"
+
+
 def test_undo_takes_back_step_after_step():
     """Far past the window, where every new frame overwrites an old one in the cache: all of it must come back."""
     m = small_dynamics(window=4)
-    world, kept, drawn = dyn.World(m, steps=2), [], []
+    world, kept, drawn, likely = dyn.World(m, steps=2), [], [], []
     world.prompt(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)))
     def step(i):
         torch.manual_seed(i)
         return world.step(torch.tensor([i]))
     for i in range(6):
         kept.append(world.snapshot())
+        likely.append(world.likely)
         drawn.append(step(i))
     for _ in range(6):
         world.restore(kept.pop())
+        assert torch.equal(world.likely, likely.pop())
     assert all(torch.equal(step(i), drawn[i]) for i in range(6))
 
 
@@ -731,7 +751,7 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
     def command(folder, *more):
         return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
-                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more]
+                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more] + ["--root-from", "0.3"] * (stage == "lam")
     assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
     process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     seen = ""
@@ -940,7 +960,6 @@ def test_miniature_world_learned_something(world):
     assert l["codes_in_use"] >= 3
     assert l["action_accuracy"] > l["chance"] + 2 * l["action_accuracy_se"], "and mean something about the true ones"
     assert d["delta_psnr"] > 2 * d["delta_psnr_se"] > 0, "following the inferred actions must beat following random ones"
-    assert d["code_surprise"] < d["code_entropy"] - 0.1, "what was seen so far tells something of what may come next"
 
 
 def test_every_stage_writes_checkpoint_scores_and_picture(world):
@@ -1125,6 +1144,7 @@ def test_blocks_compile_without_graph_breaks_or_recompiles(recompute):
     """fullgraph=True makes a graph break an error; training steps after the first must compile nothing more."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
+    counted.counters.clear()
     m = small_tokenizer().train()
     m.vq.eval()                                                 # the codebook stays
     st.prepare_blocks(m, SimpleNamespace(compile="on", recompute=recompute, size="gpu"))
@@ -1183,4 +1203,4 @@ def test_bench_counts_the_arithmetic_of_a_step(platformer, tmp_path):
     M, D, T, N, E = k["batch"] * k["frames"] * 64, k["dim"], k["frames"], 64, k["code_dim"]      # M tokens in a step
     block = 2 * (3 * D * D + D * D) + 2 * 4 * D * D + 2 * N * D + 2 * T * D                      # two attentions, feed-forward
     forward = 2 * M * (2 * k["layers"] * block + 2 * 3 * 64 * D + 2 * D * E)                     # pixels and codes, in and out
-    assert row["gflop_per_step"] == pytest.approx((3 * forward + 2 * M * E * k["codes"]) / 1e9, rel=0.05)
+    assert row["gflop_per_step"] == pytest.approx(3 * (forward + 2 * M * E * k["codes"]) / 1e9, rel=0.02)
