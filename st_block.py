@@ -312,6 +312,11 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
+def flag(knob):
+    """How a knob is written on the command line."""
+    return "--" + knob.replace("_", "-")
+
+
 def parser(doc, knobs, **choices):
     """The flags that every stage has, and one flag for each knob.
 
@@ -334,7 +339,7 @@ def parser(doc, knobs, **choices):
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices.get(name), metavar=kind.__name__.upper(),
+        group.add_argument(flag(name), type=kind, choices=choices.get(name), metavar=kind.__name__.upper(),
                            help=f"{text} ({' / '.join(map(str, values))})".replace("%", "%%"))
     p.set_defaults(knobs=knobs)
     return p
@@ -364,17 +369,17 @@ def settle(args, stage):
         begun = read_checkpoint(path, stage)["knobs"]
         for k in args.knobs:
             if k not in begun:
-                stop(f"{path} was begun by another version, which knew no --{k.replace('_', '-')}; train afresh without --resume")
+                stop(f"{path} was begun by another version, which knew no {flag(k)}; train afresh without --resume")
         for k, v in asked.items():
             if k != "steps" and begun[k] != v:
-                stop(f"--{k.replace('_', '-')} {v} was asked for, but {path} was begun with {begun[k]}; leave it out to resume")
+                stop(f"{flag(k)} {v} was asked for, but {path} was begun with {begun[k]}; leave it out to resume")
         asked = begun | asked
     args.size = asked.get("size") or ("gpu" if args.device.type == "cuda" else "laptop")
     args.seed = asked.get("seed", 0)
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
         if not isinstance(v, str) and (v < 0 or v == 0 and isinstance(v, int)):
-            stop(f"--{k.replace('_', '-')} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
+            stop(f"{flag(k)} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
@@ -476,12 +481,10 @@ def prepare_blocks(model, args):
     if args.compile == "auto":
         able = args.device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
         args.compile = "on" if able and args.size != "test" else "off"
-    if args.compile == "on":
-        for module in model.modules():
-            if isinstance(module, STBlock):
-                module.compile(fullgraph=True, dynamic=False)
     for module in model.modules():
-        if isinstance(module, STTransformer):
+        if isinstance(module, STBlock) and args.compile == "on":
+            module.compile(fullgraph=True, dynamic=False)
+        elif isinstance(module, STTransformer):
             module.recompute = args.recompute == "on" or args.recompute == "auto" and args.size in ("gpu", "coinrun")
 
 

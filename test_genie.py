@@ -445,7 +445,7 @@ def test_a_code_that_cannot_come_next_is_played_as_the_nearest_that_can():
 
 
 @pytest.mark.parametrize("masking", ["paper", "streams"])
-def test_prior_is_told_the_past_alone_and_teaches_nobody_else(masking, monkeypatch):
+def test_prior_is_told_the_past_alone_and_teaches_nobody_else(masking):
     """The features from which it guesses action t are those of frames 1..t; its gradient ends at its own weights."""
     m, z, a = small_dynamics(masking=masking), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
     seen = []
