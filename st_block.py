@@ -69,20 +69,19 @@ class Neighbours(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention
 
 def rotary(time, dim):
-    """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
+    """Cosines and sines (T, dim) that turn each pair (i, i + dim/2) of a query or key by an angle time * theta_i (Su et al. 2021).
 
     After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
     400: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
     angle = time.float()[:, None] * theta                                        # (T, dim/2)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def rotate(x, cos, sin):
-    """Apply `rotary` to x (..., T, dh)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    """Apply `rotary` to x (..., T, dh): (a, b) -> (a cos - b sin, b cos + a sin) for its two halves a and b."""
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
 
 
 def attention_by_hand(q, k, v, mask=None):
@@ -378,8 +377,9 @@ def settle(args, stage):
     args.seed = asked.get("seed", 0)
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
-        if not isinstance(v, str) and (v < 0 or v == 0 and isinstance(v, int)):
-            stop(f"{flag(k)} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) else '0 or more'}")
+        least = 0 if isinstance(v, float) or 0 in values else 1                  # a count may be 0 only where it is so at some size
+        if not isinstance(v, str) and v < least:
+            stop(f"{flag(k)} {v} makes no sense; it must be at least {least}")
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
