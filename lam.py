@@ -133,7 +133,9 @@ def narrowness(e):
     """How few directions vectors e (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
     best. tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio."""
     with torch.autocast(e.device.type, enabled=False):
-        C = torch.cov(e.float().flatten(0, -2).T)                        # (D, D)
+        e = e.float().flatten(0, -2)
+        e = e - e.mean(0)
+        C = e.T @ e                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 
