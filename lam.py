@@ -119,23 +119,25 @@ class LatentActionModel(nn.Module):
 
     def forward(self, x, root=False):
         """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root: see --root-from."""
-        e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
+        z = self.features(x)
+        e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
         seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
         error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))
         if root:                                                         # both (B, T-1)
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
         error = error.mean() / copying.mean()                            # 1: no better than copying the last frame
-        watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrowness(e))
-        return error + self.beta * commitment + self.spread * watch["narrow"], a, watch
+        narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
+        watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
+        return error + self.beta * commitment + self.spread * narrow, a, watch
 
 
-def narrowness(e):
-    """How few directions vectors e (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
+def narrowness(z):
+    """How few directions vectors z (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
     best. tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio."""
-    with torch.autocast(e.device.type, enabled=False):
-        e = e.float().flatten(0, -2)
-        e = e - e.mean(0)
-        C = e.T @ e                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float().flatten(0, -2)
+        z = z - z.mean(0)
+        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 

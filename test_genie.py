@@ -228,7 +228,16 @@ def test_narrowness_of_known_shapes():
     flat = (torch.randn(50, 4) * torch.tensor([1, 0.01, 0, 0])).requires_grad_()
     lam_stage.narrowness(flat).backward()
     assert lam_stage.narrowness(flat - flat.grad) < lam_stage.narrowness(flat)
-    assert torch.isfinite(torch.autograd.grad(lam_stage.narrowness(torch.ones(5, 4, requires_grad=True) * flat[0]), flat)[0]).all(), "one code only"
+    assert torch.isfinite(torch.autograd.grad(lam_stage.narrowness(torch.ones(5, 4) * flat[0]), flat)[0]).all(), "all alike"
+
+
+def test_narrowness_is_that_of_the_vectors_not_of_their_codes(monkeypatch):
+    """Codes in a plane have no gradient that leads out of it: the loss would be there, and do nothing."""
+    torch.manual_seed(0)
+    m = small_lam()
+    m.vq.codebook[:, 1:] = 0
+    monkeypatch.setattr(m, "features", lambda x: torch.randn(2, 3, 8))
+    assert m(torch.rand(2, 4, 32, 32, 3))[2]["narrow"] < 0.6
 
 
 @torch.no_grad()
