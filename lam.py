@@ -20,11 +20,7 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail;
 - it begins as the mean square and ends as the root of that, transition by transition (`--root-from`): a hero who jumps is 1 %
   of the picture, and beside a view that scrolls his jump is lost in a mean of squares. The root alone is a gamble: while nothing
-  is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed;
-- it leaves out the patches along the edges of the frame (`--border`). What comes into view there cannot be known from the last
-  frame, so it pays to spend codes on it: two that both mean left, by what the left edge will show, and none for a jump;
-- the vectors that are quantised are kept from lying all in one plane (`--spread`), where the codes are eight directions around
-  a circle, and each of them must do for whatever lies between its neighbours.
+  is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed.
 """
 import numpy as np
 import torch
@@ -58,23 +54,20 @@ KNOBS = dict(
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
     past=       (  1,      1,     1,     16, "frames that each layer of the decoder looks at: the last ones before the one it draws"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
-    border=     (  0,      1,     1,      0, "patches along each edge of the frame that the error leaves out (the paper: none)"),
-    spread=     (  0.,  0.02,  0.02,     0., "weight of the loss that keeps the codes from lying in a line or a plane (the paper: 0)"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "border", "spread", "past", "flaw")
+MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "past", "flaw")
 
 
 class LatentActionModel(nn.Module):
     """Frames (B, T, H, W, C) -> one latent action per transition, (B, T-1) integers below `codes`."""
 
-    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, border, spread, past, flaw="none"):
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, past, flaw="none"):
         super().__init__()
-        self.height, self.width, self.patch, self.beta, self.spread, self.flaw = height, width, patch, beta, spread, flaw
-        self.inner = slice(border * patch, height - border * patch), slice(border * patch, width - border * patch)
+        self.height, self.width, self.patch, self.beta, self.flaw = height, width, patch, beta, flaw
         tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
         self.embed = nn.Linear(2 * pixels, dim)
         self.encoder = STTransformer(tokens, dim, layers, heads, window)
@@ -119,26 +112,12 @@ class LatentActionModel(nn.Module):
 
     def forward(self, x, root=False):
         """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root: see --root-from."""
-        z = self.features(x)
-        e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
-        seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
-        error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))
-        if root:                                                         # both (B, T-1)
+        e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
+        error, copying = ((y - x[:, 1:]).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
+        if root:
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
         error = error.mean() / copying.mean()                            # 1: no better than copying the last frame
-        narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
-        watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
-        return error + self.beta * commitment + self.spread * narrow, a, watch
-
-
-def narrowness(z):
-    """How few directions vectors z (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
-    best. tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.float().flatten(0, -2)
-        z = z - z.mean(0)
-        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
-    return C.square().sum() / C.trace().square().clamp(min=1e-9)
+        return error + self.beta * commitment, a, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
 
 
 def build(**config):
@@ -302,8 +281,6 @@ def begin(args):
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
-    if args.border < 0 or min(height, width) <= 2 * args.border * args.patch:
-        stop(f"--border {args.border}: nothing would be left of frames of {height}x{width} in patches of {args.patch}")
     return clips, dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
 
 
