@@ -15,8 +15,9 @@
                   button: take the colour there), s again: play it
 
 What happens in a step (section 2.2): the code you pressed (or, if that cannot happen here, the nearest that can: --least) is
-looked up in the LAM's codebook, MaskGIT fills in the tokens of the next frame, the tokenizer's decoder turns them into pixels. Tokens are never encoded again from pixels; both transformers
-keep the keys and values of the past (st_block.Cache), so a frame costs the same after an hour as at the start.
+looked up in the LAM's codebook, MaskGIT fills in the tokens of the next frame, the tokenizer's decoder turns them into pixels.
+Tokens are never encoded again from pixels; both transformers keep the keys and values of the past (st_block.Cache), so a frame
+costs the same after an hour as at the start.
 """
 import argparse
 import hashlib

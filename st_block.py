@@ -76,7 +76,8 @@ def rotary(time, dim):
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
     angle = time.float()[:, None] * theta                                        # (T, dim/2)
-    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                 # the sign is here, so that `rotate` need not tell halves apart
 
 
 def rotate(x, cos, sin):
