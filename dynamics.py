@@ -15,8 +15,8 @@ Where it departs from the paper (each measured in the README's lab notes):
   of a clip is a lesson: other ways of masking (`--masking`), with a clean past, learn less in the same minutes;
 - some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens);
-- a small head learns which codes can come next (`prior`). A latent action tells what happened, and not everything can happen
-  anywhere: who falls cannot rise. The rest of the model never sees its gradient; play asks it (`World.possible`);
+- a small network beside it learns, afterwards, which codes can come next (`Prior`). A latent action tells what happened, and not
+  everything can happen anywhere: who falls cannot rise, who stands at a wall cannot go on. Play asks it (`World.possible`);
 - in play the past is as in training: a frame is remembered as its last MaskGIT pass saw it, some tokens still masked. The
   paper conditions on finished frames; here that takes a pass more, and is done only where training had them (`World`).
 """
@@ -55,16 +55,48 @@ KNOBS = dict(
     maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
+    prior_steps=(200,   2500,  2500,   2500, "steps of the prior, after all else, with 64 clips each: which code can come next?"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     scored=     (128,    256,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
 
 
+class Prior(nn.Module):
+    """Which latent action can come next? The paper has no such thing; it would ask no more of a player than of a video.
+
+    It looks at the last two frames, and knows tokens by their looks, not by their names: whether the hero stands at a wall is
+    told by a few pixels of two patches, and most of the thousand names that such a patch can have are too rare to be learned one by one.
+    """
+
+    def __init__(self, rows, columns, codes, pixels, buttons, action_dim, dim=32):
+        super().__init__()
+        self.register_buffer("looks", torch.zeros(codes + 1, pixels))    # see looks_of; the last one: no frame before this
+        self.see = nn.Sequential(nn.Linear(pixels, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, 2 * dim))
+        self.embed_action = nn.Linear(action_dim, dim)
+        self.around = Neighbours(rows, columns, dim)
+        self.head = nn.Linear(rows * columns * dim, buttons)
+        self.begin()
+
+    def begin(self):
+        """Weights that know nothing: anything may come next, about evenly."""
+        for layer in (*self.see, self.embed_action, self.around.conv, self.head):
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        nn.init.zeros_(self.head.weight)
+        return self
+
+    def forward(self, z, last, e):
+        """Frames z, the frame before each (B, T, N), what led from one to the other, e (B, T, D): logits of what comes next (B, T, buttons)."""
+        now, ago = self.see(self.looks).chunk(2, -1)                     # (K+1, dim)
+        h = F.embedding(z, now) + F.embedding(last, ago) + self.embed_action(e).unsqueeze(2)         # (B, T, N, dim)
+        return self.head(F.relu(self.around(h)).flatten(2))
+
+
 class Dynamics(nn.Module):
     """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
 
-    def __init__(self, rows, columns, codes, buttons, code_dim, window, dim, layers, heads, action, canvas, masking):
+    def __init__(self, rows, columns, codes, pixels, buttons, code_dim, window, dim, layers, heads, action, canvas, masking):
         super().__init__()
         self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
         self.wants_whole_past = canvas == "blank" or masking == "streams"                    # play shows it finished frames: see World
@@ -78,7 +110,7 @@ class Dynamics(nn.Module):
         self.embed_action = nn.Linear(code_dim, dim)
         self.transformer = STTransformer(self.N + (action == "prepend"), dim, layers, heads, window)
         self.head = nn.Linear(dim, codes)
-        self.prior = nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Flatten(-2), nn.Linear(32 * self.N, buttons))      # (B, T, N, D) -> (B, T, buttons)
+        self.prior = Prior(rows, columns, codes, pixels, buttons, dim).requires_grad_(False)     # it learns afterwards: learn_prior
         nn.init.normal_(self.embed.weight, std=0.5)
 
     def actions(self, a):
@@ -103,13 +135,12 @@ class Dynamics(nn.Module):
             return self.transformer(x + e.unsqueeze(2), time, mask, cache)
         return self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
 
-    def logits(self, *args, **kwargs):
-        """The same, all the way: logits (B, T, N, K)."""
-        return self.head(self.features(*args, **kwargs))
+    def logits_at(self, place, x):
+        """Of features x (B, 1, N, D), at places (B, 1, n) alone: logits (B, 1, n, K)."""
+        return self.head(x.take_along_dim(place.unsqueeze(-1), 2))
 
     def forward(self, z, a, noise, flaw="none"):
-        """Clips z (B, T, N) under actions a (B, T-1) -> two losses. The dynamics': cross-entropy of the masked tokens. And, of
-        features whose gradient ends there, the prior's: cross-entropy of each action, from the frames before it.
+        """Clips z (B, T, N) under actions a (B, T-1) -> loss, the cross-entropy of the masked tokens.
 
         How clips are masked (self.masking). `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random
         length, and frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
@@ -137,14 +168,18 @@ class Dynamics(nn.Module):
                 mask = torch.ones_like(mask)
             both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            seen = self.features(both, twice(e), twice(self.paint(last)), time, mask)
-            x, hidden, target = seen[:, T:], hidden[:, 1:], z[:, 1:]
+            x = self.features(both, twice(e), twice(self.paint(last)), time, mask)
+            x, hidden, target = x[:, T:], hidden[:, 1:], z[:, 1:]
         else:
             mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
-            x = seen = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
+            x = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
             target = z
-        loss = self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
-        return loss, F.cross_entropy(self.prior(seen[:, :T - 1].detach()).flatten(0, 1).float(), a.flatten())
+        return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
+
+    def surprise(self, z, a):
+        """The prior's loss: cross-entropy of each action a (B, T-1) in clips z (B, T, N), given what was before. Only the prior learns of it."""
+        guess = self.prior(z[:, :-1], self.before(z)[:, :-1], self.actions(a)[:, :-1].detach())      # (B, T-1, buttons)
+        return F.cross_entropy(guess.flatten(0, 1).float(), a.flatten())
 
     def loss(self, x, target):
         """Cross-entropy of features x (B, T, N, D) against tokens (B, T, N). Apart, so that it can be compiled: its logits are by
@@ -167,31 +202,32 @@ def two_streams(T, window, device):
 # ------------------------------------------------------------------------------------------------ playing
 
 def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device="cpu", film=None):
-    """Draw the tokens (B, 1, N) of one frame. predict(z) gives the logits (B, 1, N, K) of a frame z with holes.
+    """Draw the tokens (B, 1, N) of one frame. predict(z, place): the logits (B, 1, n, K) of a frame z with holes at n places (B, 1, n).
 
-    At each step every hole gets a sampled token, some of these are committed for good, the rest become holes again. How
-    many stay open follows MaskGIT's cosine. Which stay: `random`, or those of the highest probability (`confidence`).
+    At each step every hole gets a sampled token, some of these are committed for good, the rest become holes again. How many
+    stay open follows MaskGIT's cosine. Which are committed: those of the highest probability (`confidence`), or whichever (`random`);
+    then their order is settled beforehand, and a token is drawn only when its turn has come: for the others it would be in vain.
     """
     z = torch.full((B, 1, N), MASK, device=device)
+    everywhere, turn = torch.arange(N, device=device).expand(z.shape), torch.rand(z.shape, device=device).argsort(-1)
+    done = 0
     for s in range(steps):
-        logits = predict(z).float()
+        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))    # so many are committed after this step
+        place = turn[..., done:keep] if order == "random" else everywhere
+        logits = predict(z, place).float()                               # (B, 1, n, K)
         if temperature > 0:
             upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k), up to 1, give or take rounding
             luck = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]         # one random number a token is enough
             drawn = torch.searchsorted(upto, luck).squeeze(-1)
         else:
-            drawn = logits.argmax(-1)                                    # (B, 1, N)
-        hole = z == MASK
+            drawn = logits.argmax(-1)                                    # (B, 1, n)
         if order == "confidence":
             score = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-        else:
-            score = torch.rand(z.shape, device=device)
-        score = score.masked_fill(~hole, float("inf"))                   # what is committed stays committed
-        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))
-        chosen = torch.zeros_like(hole).scatter(-1, score.topk(keep, -1).indices, True)
-        z = torch.where(hole & chosen, drawn, z)
+            place = score.masked_fill(z != MASK, -math.inf).topk(keep - done, -1).indices
+            drawn = drawn.gather(-1, place)
+        z, done = z.scatter(-1, place, drawn), keep
         if film is not None:
-            film.append(z.clone())
+            film.append(z)
     return z
 
 
@@ -216,13 +252,12 @@ class World:
         self.cache = dynamics.transformer.new_cache(B)
 
     def see(self, z, e, canvas):
-        """One pass of a frame z (B, 1, N), with holes or without: its logits (B, 1, N, K)."""
-        self.seen = self.dynamics.features(z, e, canvas, cache=self.cache)
-        return self.dynamics.head(self.seen)
+        """One pass of a frame z (B, 1, N), with holes or without: its features (B, 1, N, D)."""
+        return self.dynamics.features(z, e, canvas, cache=self.cache)
 
-    def advance(self):
-        """The frame is done: what may come next, (B, buttons)?"""
-        self.likely = self.dynamics.prior(self.seen)[:, 0].softmax(-1)
+    def advance(self, z, last, e):
+        """Frame z is done, drawn over frame `last` (B, 1, N) under action e (B, 1, D): what may come next, (B, buttons)?"""
+        self.last, self.likely = z, self.dynamics.prior(z, last, e)[:, 0].softmax(-1)
         self.cache.advance()
 
     def possible(self, a):
@@ -239,22 +274,21 @@ class World:
         d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         self.cache.clear()
-        for frame in zip(*map(frames_of, (z, d.actions(a), d.paint(d.before(z))))):              # (z, e, canvas), each (B, 1, ...)
-            self.see(*frame)
-            self.advance()
-        self.last = z[:, -1:]
+        for frame, last, e in zip(*map(frames_of, (z, d.before(z), d.actions(a)))):              # each (B, 1, ...)
+            self.see(frame, e, d.paint(last))
+            self.advance(frame, last, e)
 
     @torch.no_grad()
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d, self.played = self.dynamics, self.possible(a)
         e, canvas = frames_of(d.actions(self.played[:, None]))[1], d.paint(self.last)            # (B, 1, D), (B, 1, N, D)
-        predict = lambda z: self.see(z, e, canvas)                       # (B, 1, N, K)
-        self.last = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
+        predict = lambda z, place: d.logits_at(place, self.see(z, e, canvas))
+        z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         if d.wants_whole_past:
-            predict(self.last)
-        self.advance()
-        return self.last
+            self.see(z, e, canvas)
+        self.advance(z, self.last, e)
+        return z
 
     def snapshot(self):
         """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
@@ -282,9 +316,9 @@ def rollout(dynamics, z, a, cached=True, **sampling):
         e, drafts = d.actions(a[:, :t + 1]), []
         canvas = d.paint(F.pad(z, (0, 0, 1, 0), value=d.MASK))           # the frame before each of frames 1..t and the new one
 
-        def predict(new):
+        def predict(new, place):
             drafts.append(new)
-            return d.logits(torch.cat([seen, new], 1), e, canvas)[:, -1:]
+            return d.logits_at(place, d.features(torch.cat([seen, new], 1), e, canvas)[:, -1:])
 
         new = maskgit(predict, len(z), d.N, d.MASK, device=z.device, **sampling)
         z, seen = torch.cat([z, new], 1), torch.cat([seen, new if d.wants_whole_past else drafts[-1]], 1)
@@ -326,8 +360,7 @@ def evaluate(dynamics, args, tokenizer, lam):
     inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
     delta = inferred - random
     a = torch.cat([lam.encode(part) for part in x.split(32)])            # (clips, 4)
-    seen = torch.cat([dynamics.features(tokenizer.encode(part), dynamics.actions(b)) for part, b in zip(x.split(32), a.split(32))])
-    surprise = F.cross_entropy(dynamics.prior(seen[:, :-1]).flatten(0, 1), a.flatten())
+    surprise = dynamics.surprise(torch.cat([tokenizer.encode(part) for part in x.split(32)]), a)
     scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
                   psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), maskgit=args.maskgit, temperature=args.temperature,
                   order=args.order, code_surprise=surprise.item(), code_entropy=perplexity(a, len(dynamics.buttons)).log().item())
@@ -441,6 +474,34 @@ def encode(data, tokenizer, lam, args):
     return z, a
 
 
+@torch.no_grad()
+def looks_of(tokenizer):
+    """What each code looks like: the mean patch (K, P*P*C) of a frame of nothing but this code; all of them to mean 0 and variance 1."""
+    z = torch.arange(len(tokenizer.vq.codebook), device=tokenizer.vq.codebook.device)[:, None, None].expand(-1, 1, tokenizer.tokens)
+    x = torch.cat([patchify(tokenizer.decode(part), tokenizer.patch).mean((1, 2)) for part in z.split(64)])
+    return (x - x.mean(0)) / x.std()
+
+
+def learn_prior(dynamics, tokens, actions, clips, args):
+    """Train the prior of a finished model, from the start. Many clips a step: most moments tell it nothing new, and walls are rare."""
+    torch.manual_seed(args.seed)
+    prior = dynamics.prior.begin().requires_grad_(True)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
+    for step in (bar := tqdm(range(args.prior_steps), desc="prior", mininterval=1, dynamic_ncols=True)):
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        index = torch.from_numpy(clips.draw(64)[:, None] + np.arange(args.frames)).to(tokens.device)
+        with autocast(args):
+            loss = dynamics.surprise(tokens[index].long(), actions[index[:, :-1]].long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    prior.requires_grad_(False)
+
+
 def build(**config):
     return Dynamics(**config)
 
@@ -458,11 +519,12 @@ def main(argv=None):
     clips, tokenizer, *lam = load_upstream(args, [tokenizer_stage] if args.cotrain else [tokenizer_stage, lam_stage])
     lam, beside = begin_lam(args) if args.cotrain else (*lam, None)
     config = dict(rows=tokenizer.height // tokenizer.patch, columns=tokenizer.width // tokenizer.patch,
-                  codes=len(tokenizer.vq.codebook), buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
+                  codes=len(tokenizer.vq.codebook), pixels=3 * tokenizer.patch ** 2, buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
                   window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
     model = build(**config).to(args.device)
     model.buttons.copy_(lam.vq.codebook)
+    model.prior.looks[:-1] = looks_of(tokenizer)
     optimizer = make_optimizer(model, args.lr)
     run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam),
               cotrain=args.cotrain or None)
@@ -485,15 +547,20 @@ def main(argv=None):
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)
         with autocast(args):
-            loss, prior = net(z, a, args.noise, args.flaw)
+            loss = net(z, a, args.noise, args.flaw)
         optimizer.zero_grad()
-        (loss + 0.1 * prior).backward()                                  # 0.1: little in the clipping, and to AdamW all one
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss, prior=prior)
+        run.log(step, loss)
 
     if beside:
         beside.report(lam_stage.evaluate)
+        if args.rank == 0 and args.prior_steps:
+            tokens, actions = encode(clips, tokenizer, lam, args)
+    if args.rank == 0:
+        learn_prior(model, tokens, actions, clips, args)
+        run.save(args.steps)
     run.report(lambda model, args: evaluate(model, args, tokenizer, lam))
 
 

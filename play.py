@@ -152,7 +152,7 @@ def untrained(size, device):
     """The same with random weights, for frames of 64x64: all that it takes to know how fast a size plays."""
     t, a, d = ({k: v[SIZES.index(size)] for k, v in stage.KNOBS.items()} for stage in (tokenizer_stage, lam_stage, dynamics_stage))
     tokenizer = tokenizer_stage.build(height=64, width=64, window=t["frames"], **{k: t[k] for k in tokenizer_stage.MODEL})
-    dynamics = dynamics_stage.build(rows=64 // t["patch"], columns=64 // t["patch"], codes=t["codes"], buttons=a["codes"],
+    dynamics = dynamics_stage.build(rows=64 // t["patch"], columns=64 // t["patch"], codes=t["codes"], pixels=3 * t["patch"] ** 2, buttons=a["codes"],
                                     code_dim=a["code_dim"], window=d["frames"], **{k: d[k] for k in dynamics_stage.MODEL})
     return *(m.to(device).eval().requires_grad_(False) for m in (tokenizer, dynamics)), dict(data="platformer, not learned"), {}
 
@@ -567,7 +567,7 @@ def frechet(a, b):
 
 # ------------------------------------------------------------------------------------------------ the scores
 
-def score_arrows(game, supply, prompts=60, presses=10):
+def score_arrows(game, supply, prompts=200, presses=10):
     """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left, right,
     not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, each in
     its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run."""
@@ -586,9 +586,10 @@ def score_arrows(game, supply, prompts=60, presses=10):
 
 
 @torch.no_grad()
-def score_counterfactual(game, supply, prompts=32):
+def score_counterfactual(game, supply, prompts=100):
     """From one real frame, press each code; PSNR against the frame that the true game shows under the button that the code was
-    found to mean, beside the tokenizer's own reconstruction of that frame and the first frame kept."""
+    found to mean (and its standard error over prompts), beside the tokenizer's own reconstruction of that frame and the first
+    frame kept."""
     rows = []
     for _ in tqdm(range(prompts), desc="every button", dynamic_ncols=True):
         game.reset(*next(supply))
@@ -600,8 +601,10 @@ def score_counterfactual(game, supply, prompts=32):
             pair = torch.stack([start, truth])[None].to(game.device)                # the tokenizer may see what came before
             again = game.tokenizer.decode(game.tokenizer.encode(pair))[0, 1].cpu()
             rows.append([psnr(torch.from_numpy(picture), truth), psnr(again, truth), psnr(start, truth)])
-    model, tokenizer, copy = np.array(rows).mean(0)
-    return dict(counterfactual_psnr=float(model), counterfactual_psnr_tokenizer=float(tokenizer), counterfactual_copy_psnr=float(copy))
+    rows = np.array(rows).reshape(prompts, -1, 3)                                   # (prompts, codes, 3)
+    model, tokenizer, copy = rows.mean((0, 1)).tolist()
+    return dict(counterfactual_psnr=model, counterfactual_psnr_se=float(rows[..., 0].mean(1).std() / prompts ** 0.5),
+                counterfactual_psnr_tokenizer=tokenizer, counterfactual_copy_psnr=copy)
 
 
 @torch.no_grad()

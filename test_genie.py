@@ -45,9 +45,10 @@ def small_lam(seed=0, window=4, past=4, flaw="none"):
 
 def small_dynamics(action="add", canvas="last", masking="paper", seed=0, window=4):
     torch.manual_seed(seed)
-    m = dyn.Dynamics(rows=4, columns=4, codes=24, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
+    m = dyn.Dynamics(rows=4, columns=4, codes=24, pixels=192, buttons=8, code_dim=8, window=window, dim=16, layers=2, heads=2, action=action,
                      canvas=canvas, masking=masking).eval()
     m.buttons.copy_(torch.randn(8, 8))
+    m.prior.looks.copy_(torch.randn(25, 192))
     return m
 
 
@@ -241,7 +242,7 @@ def test_action_reaches_the_frame_it_leads_to_and_not_before(action):
     a = torch.randint(8, (1, 5))
     b = a.clone()
     b[:, 2] = (a[:, 2] + 1) % 8                                                  # a_3 leads from frame 3 to frame 4
-    assert changed(m.logits(z, m.actions(a)), m.logits(z, m.actions(b)), 1)[:4] == [False, False, False, True]
+    assert changed(m.features(z, m.actions(a)), m.features(z, m.actions(b)), 1)[:4] == [False, False, False, True]
 
 
 @torch.no_grad()
@@ -249,7 +250,7 @@ def test_dynamics_is_causal():
     m, z, a = small_dynamics(), torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5))
     w = z.clone()
     w[:, 3] = m.MASK                                                            # frame 5 is drawn over it, frame 3 is not
-    assert changed(m.logits(z, m.actions(a)), m.logits(w, m.actions(a)), 1)[:4] == [False, False, False, True]
+    assert changed(m.features(z, m.actions(a)), m.features(w, m.actions(a)), 1)[:4] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("masking", ["frames", "streams"])
@@ -300,7 +301,7 @@ def test_targets_are_the_true_tokens_and_frame_one_is_never_masked(masking, monk
 def test_there_is_always_something_to_score(masking, monkeypatch):
     """MaskGIT's cosine may hide nothing at all of a single clip; the mean of no losses is not a number."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.ones(*shape))
-    assert small_dynamics(masking=masking)(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)), noise=0.0)[0].isfinite()
+    assert small_dynamics(masking=masking)(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)), noise=0.0).isfinite()
 
 
 @pytest.mark.parametrize("canvas", ["last", "blank"])
@@ -312,9 +313,9 @@ def test_two_streams_train_exactly_what_playing_asks(canvas):
     masked, e = z.masked_fill(torch.rand(z.shape) < 0.6, m.MASK), m.actions(a)
     time, mask = dyn.two_streams(7, 4, z.device)
     canvas = m.paint(m.before(z))
-    both = m.logits(torch.cat([z, masked[:, 1:]], 1), torch.cat([e, e[:, 1:]], 1), torch.cat([canvas, canvas[:, 1:]], 1), time, mask)[:, 7:]
+    both = m.features(torch.cat([z, masked[:, 1:]], 1), torch.cat([e, e[:, 1:]], 1), torch.cat([canvas, canvas[:, 1:]], 1), time, mask)[:, 7:]
     for t in range(1, 7):
-        play_it = m.logits(torch.cat([z[:, :t], masked[:, t:t + 1]], 1), e[:, :t + 1])[:, -1]
+        play_it = m.features(torch.cat([z[:, :t], masked[:, t:t + 1]], 1), e[:, :t + 1])[:, -1]
         assert torch.allclose(both[:, t - 1], play_it, atol=1e-4)
 
 
@@ -340,18 +341,20 @@ def test_noise_replaces_past_tokens_but_never_targets(masking, monkeypatch):
 def fixed_logits(scale=1.0):
     torch.manual_seed(1)
     table = scale * torch.randn(1, 1, 64, 10)
-    return lambda z: table.expand(len(z), -1, -1, -1)
+    return lambda z, place: table.take_along_dim(place.unsqueeze(-1), 2)
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
 def test_committed_tokens_stay_committed_and_every_hole_is_filled(order):
-    film = []
-    z = dyn.maskgit(fixed_logits(), 4, 64, 10, steps=6, order=order, film=film)
+    film, asked, logits = [], [], fixed_logits()
+    z = dyn.maskgit(lambda z, place: asked.append(place) or logits(z, place), 4, 64, 10, steps=6, order=order, film=film)
     for before, after in zip(film, film[1:]):
         kept = before != 10
         assert torch.equal(before[kept], after[kept])
         assert (after == 10).sum() < (before == 10).sum()
     assert (z < 10).all() and len(film) == 6 and (film[0] == 10).float().mean() > 0.9
+    if order == "random":
+        assert (torch.cat(asked, -1).sort(-1).values == torch.arange(64)).all(), "a token is drawn once, when its turn has come"
 
 
 def test_temperature_and_step_count_change_samples():
@@ -365,17 +368,18 @@ def test_temperature_and_step_count_change_samples():
     torch.manual_seed(0)
     z = dyn.maskgit(fixed_logits(), 4000, 64, 10, steps=1, temperature=2.0)
     share = F.one_hot(z[:, 0], 10).float().mean(0)              # (64, 10); the standard error is 0.008 at most
-    assert (share - (fixed_logits()(z) / 2).softmax(-1)[0, 0]).abs().max() < 0.04, "drawn as often as the softmax says"
+    everywhere = torch.arange(64).view(1, 1, 64)
+    assert (share - (fixed_logits()(z, everywhere) / 2).softmax(-1)[0, 0]).abs().max() < 0.04, "drawn as often as the softmax says"
     calls = []
-    dyn.maskgit(lambda z: calls.append((z == 10).float().mean()) or fixed_logits()(z), 1, 64, 10, steps=8)
+    dyn.maskgit(lambda z, place: calls.append((z == 10).float().mean()) or fixed_logits()(z, place), 1, 64, 10, steps=8)
     assert len(calls) == 8 and calls == sorted(calls, reverse=True), "each step must see the tokens of the last"
 
 
 def test_several_steps_see_what_one_step_cannot():
     """Tokens that must all agree: sampled at once they disagree, sampled one after the other they follow the first."""
-    def agree(z):                                               # committed tokens vote, strongly
+    def agree(z, place):                                        # committed tokens vote, strongly
         votes = F.one_hot(z.clamp(max=9), 10).float() * (z < 10).unsqueeze(-1)
-        return 20 * votes.sum(2, keepdim=True).expand(-1, -1, 64, -1).clamp(max=1)
+        return 20 * votes.sum(2, keepdim=True).expand(-1, -1, place.size(-1), -1).clamp(max=1)
     torch.manual_seed(0)
     at_once = dyn.maskgit(agree, 16, 64, 10, steps=1)
     in_turn = dyn.maskgit(agree, 16, 64, 10, steps=64)
@@ -387,7 +391,7 @@ def test_confidence_commits_the_likeliest_first():
     film, logits = [], torch.zeros(1, 1, 64, 10)
     logits[0, 0, torch.arange(64), 3] = torch.linspace(0, 12, 64)                # ever surer of token 3 along the frame
     torch.manual_seed(0)
-    dyn.maskgit(lambda z: logits, 1, 64, 10, steps=8, order="confidence", film=film)
+    dyn.maskgit(lambda z, place: logits.take_along_dim(place.unsqueeze(-1), 2), 1, 64, 10, steps=8, order="confidence", film=film)
     first = (film[1][0, 0] != 10).nonzero().flatten().float().mean()
     assert first > 45
 
@@ -444,39 +448,43 @@ def test_a_code_that_cannot_come_next_is_played_as_the_nearest_that_can():
     assert torch.equal(press([4, 1], rare, 0.03)[0], press([3, 1], rare, 0.0)[0]), "played as if 3 had been pressed"
 
 
-@pytest.mark.parametrize("masking", ["paper", "streams"])
-def test_prior_is_told_the_past_alone_and_teaches_nobody_else(masking):
-    """The features from which it guesses action t are those of frames 1..t; its gradient ends at its own weights."""
-    m, z, a = small_dynamics(masking=masking), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
-    seen = []
-    m.prior.register_forward_hook(lambda _, inputs, guess: seen.append(guess))
-    def guesses(z, a):
-        torch.manual_seed(0)
-        return m(z, a, 0.0)[1]
-    guesses(z, a).backward()
-    learned = {name.split(".")[0] for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
-    assert learned == {"prior"}
+def test_prior_is_told_the_past_alone_and_teaches_nobody_else():
+    """It guesses action t from frames t-1 and t and the action between them; in the training of the others it has no part."""
+    m, z, a = small_dynamics(), torch.randint(24, (2, 6, 16)), torch.randint(8, (2, 5))
+    torch.nn.init.normal_(m.prior.head.weight)
+    guesses = lambda z, a: m.prior(z, m.before(z), m.actions(a))
     w, b = z.clone(), a.clone()
-    w[:, 3:], b[:, 2:] = (z[:, 3:] + 1) % 24, (a[:, 2:] + 1) % 8            # frames 4.., and the actions that lead to them
-    guesses(w, b)
-    assert changed(seen[0], seen[1], 1) == [False, False, False, True, True]
+    w[:, 3], b[:, 3] = (z[:, 3] + 1) % 24, (a[:, 3] + 1) % 8                # frame 4, and the action that leads to frame 5
+    assert changed(guesses(z, a), guesses(w, a), 1) == [False, False, False, True, True, False]
+    assert changed(guesses(z, a), guesses(z, b), 1) == [False, False, False, False, True, False]
+    m(z, a, 0.1).backward()
+    taught = lambda: {name.split(".")[0] for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "head" in taught() and "prior" not in taught()
+    m.zero_grad()
+    m.prior.requires_grad_(True)
+    m.surprise(z, a).backward()
+    assert taught() == {"prior"}
 
 
-def test_prior_learns_what_can_come_next():
-    """Here a frame tells: what can come is one of two codes, by its first token."""
+def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
+    """Here the looks of the first token tell: what can come is one of two codes. Names that were never seen in training look like
+    others that were, so their frames are understood as well."""
     m = small_dynamics()
-    z = torch.randint(24, (16, 4, 16))
-    a = 2 * (z[:, :-1, 0] % 4) + torch.randint(2, (16, 3))
-    optimizer = torch.optim.AdamW(m.prior.parameters(), lr=1e-2)
-    with torch.no_grad():
-        x = m.features(z, m.actions(a))[:, :-1]
-    for _ in range(200):
-        optimizer.zero_grad()
-        F.cross_entropy(m.prior(x).flatten(0, 1), a.flatten()).backward()
-        optimizer.step()
-    world = dyn.World(m, 16)
-    world.prompt(z[:, :1])
-    assert world.likely.gather(1, 2 * (z[:, :1, 0] % 4) + torch.arange(2)).sum(1).mean() > 0.8, "play is told the same"
+    m.prior.looks[12:24] = m.prior.looks[:12] + 0.05 * torch.randn(12, 192)
+    tokens = torch.randint(12, (400, 16))
+    actions = 2 * (tokens[:, 0] % 4) + torch.randint(2, (400,))
+    clips = SimpleNamespace(draw=lambda count: np.random.default_rng(torch.initial_seed()).integers(396, size=count))
+    args = SimpleNamespace(seed=0, frames=4, prior_steps=150, device=torch.device("cpu"), compile="off")
+    world, z = dyn.World(m, 16), torch.randint(12, (16, 1, 16))
+    world.prompt(z)
+    assert torch.allclose(world.likely, torch.full((16, 8), 1 / 8), atol=0.05), "before it has learned, anything may come"
+    dyn.learn_prior(m, tokens, actions, clips, args)
+    learned = m.prior.head.weight.clone()
+    for names in (z, z + 12):
+        world.prompt(names)
+        assert world.likely.gather(1, 2 * (z[:, :1, 0] % 4) + torch.arange(2)).sum(1).mean() > 0.8, "play is told the same"
+    dyn.learn_prior(m, tokens, actions, clips, args)
+    assert torch.equal(learned, m.prior.head.weight), "learned once more, as after --resume, it is the same to the bit"
 
 
 def test_undo_takes_back_step_after_step():
@@ -723,10 +731,10 @@ def test_every_stage_overfits_one_batch(stage):
         loss = lambda: m(game)[2]["error"]
         batch = lambda: m(game)[0]
     else:
-        m = dyn.Dynamics(rows=4, columns=4, codes=64, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last",
+        m = dyn.Dynamics(rows=4, columns=4, codes=64, pixels=192, buttons=8, code_dim=8, window=4, dim=48, layers=2, heads=2, action="add", canvas="last",
                          masking="streams")
         z, a = torch.randint(64, (4, 4, 16)), torch.randint(8, (4, 3))
-        loss = batch = lambda: m(z, a, noise=0.0)[0]
+        loss = batch = lambda: m(z, a, noise=0.0)
     optimizer = st.make_optimizer(m, 3e-3)
     first = loss().item()
     for _ in range(200):
@@ -824,7 +832,7 @@ def test_flaw_late_attaches_actions_one_frame_late():
 
     def loss(a, flaw="none"):
         torch.manual_seed(0)
-        return m(z, a, 0.0, flaw)[0].item()
+        return m(z, a, 0.0, flaw).item()
 
     assert loss(a, "late") == loss(torch.cat([a[:, :1] * 0, a[:, :-1]], 1)) != loss(a)
 
@@ -876,6 +884,7 @@ def test_size_gpu_trains_within_16_gb(stage):
     B, T = k["batch"], k["frames"]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = large(stage, "gpu")
+        model.prior = None                                      # of the dynamics: it learns when all else is done
         st.prepare_blocks(model, SimpleNamespace(compile="off", recompute="auto", size="gpu"))
         optimizer = torch.optim.AdamW(model.parameters())
         tracker = MemTracker()
@@ -884,7 +893,7 @@ def test_size_gpu_trains_within_16_gb(stage):
             for step in range(2):                               # from the second on, AdamW's moments are there as well
                 with torch.autocast("cpu", torch.bfloat16):
                     batch = (torch.zeros(B, T, 256, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1)
-                    loss = model(*batch if stage is dyn else [torch.zeros(B, T, 64, 64, 3)])[0]
+                    loss = model(*batch) if stage is dyn else model(torch.zeros(B, T, 64, 64, 3))[0]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -900,7 +909,7 @@ def large(stage, size):
     knobs = {k: v[st.SIZES.index(size)] for k, v in stage.KNOBS.items()}
     model = {k: knobs[k] for k in stage.MODEL}
     if stage is dyn:
-        return dyn.Dynamics(rows=16, columns=16, codes=1024, buttons=8, code_dim=32, window=16, **model)
+        return dyn.Dynamics(rows=16, columns=16, codes=1024, pixels=48, buttons=8, code_dim=32, window=16, **model)
     return stage.build(height=64, width=64, window=16, **model)
 
 
