@@ -261,12 +261,13 @@ class World:
         self.cache.advance()
 
     def possible(self, a):
-        """Codes a (B,) as they will be played: one that the prior gives less than `least` becomes the nearest, in the LAM's codebook,
-        of those that it gives more. To be told "rising" in mid-fall, which no video ever showed, the model would have to make up something."""
+        """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
+        something. So a code that the prior gives less than `least` becomes another: what did the player mean? Something likely (the prior
+        again) that is near it in the LAM's codebook: Bayes' rule, as if a code were meant with a spread of dim/8 in the square."""
         e = self.dynamics.buttons
         rare = self.likely < min(self.least, 0.5 / len(e))                                       # (B, buttons), never all of them
-        nearest = torch.cdist(e[a], e).masked_fill(rare, float("inf")).argmin(-1)
-        return torch.where(rare.gather(-1, a[:, None])[:, 0], nearest, a)
+        meant = self.likely.log() - 4 / e.size(-1) * torch.cdist(e[a], e).square()
+        return torch.where(rare.gather(-1, a[:, None])[:, 0], meant.masked_fill(rare, -math.inf).argmax(-1), a)
 
     @torch.no_grad()
     def prompt(self, z, a=None):

@@ -69,20 +69,20 @@ class Neighbours(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention
 
 def rotary(time, dim):
-    """Cosines and sines (T, dim) that turn each pair (i, i + dim/2) of a query or key by an angle time * theta_i (Su et al. 2021).
+    """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
 
     After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
     400: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
     angle = time.float()[:, None] * theta                                        # (T, dim/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                 # the sign is here, so that `rotate` need not tell halves apart
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Apply `rotary` to x (..., T, dh): (a, b) -> (a cos - b sin, b cos + a sin) for its two halves a and b."""
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
+    """Apply `rotary` to x (..., T, dh)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 def attention_by_hand(q, k, v, mask=None):
@@ -593,7 +593,7 @@ class Run:
                 self.save(step + 1)
         self.bar.close()
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
         self.seconds += time.time() - self.began
         self.began = time.time()
         self.save(args.steps)
