@@ -15,12 +15,19 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
   right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes come
   closer to the true buttons, but say less of what happened, and the world that is trained on them is a worse one;
+- the encoder looks no further back than the decoder. One that does can still say nothing of use about the past, but the past
+  leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
+  unit length it got the codes of jumps. Two thirds of these, on the ground, meant "nothing"; now that has a code of its own;
+- the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
+  circle, and each must do for whatever lies between its neighbours;
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail;
 - it begins as the mean square and ends as the root of that, transition by transition (`--root-from`): a hero who jumps is 1 %
   of the picture, and beside a view that scrolls his jump is lost in a mean of squares. The root alone is a gamble: while nothing
-  is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed.
+  is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed;
+- it leaves out the patches along the edges of the frame (`--border`): what comes into view there cannot be known from the last
+  frame, so it would pay to spend codes on it, and nobody's button did it.
 """
 import numpy as np
 import torch
@@ -44,7 +51,7 @@ KNOBS = dict(
     #            test  laptop   gpu  coinrun
     steps=      (300,   1400, 20000, 200000, "training steps"),
     batch=      ( 16,     16,    32,     36, "clips in a step"),
-    frames=     (  4,      4,    16,     16, "frames in a clip, and how far back a frame may look"),
+    frames=     (  4,      4,    16,     16, "frames in a clip"),
     patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
     dim=        ( 64,    128,   512,    512, "width D"),
     layers=     (  1,      2,     8,      8, "ST blocks of the encoder, and of the decoder"),
@@ -52,25 +59,28 @@ KNOBS = dict(
     codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
-    past=       (  1,      1,     1,     16, "frames that each layer of the decoder looks at: the last ones before the one it draws"),
+    border=     (  1,      1,     1,      0, "patches along each edge of the frame that the error leaves out (the paper: none)"),
+    spread=     (0.02,  0.02,  0.02,     0., "weight of the loss that keeps codes from lying on a line or in a plane (the paper: 0)"),
+    past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
     scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "past", "flaw")
+MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "border", "spread", "past", "flaw")
 
 
 class LatentActionModel(nn.Module):
     """Frames (B, T, H, W, C) -> one latent action per transition, (B, T-1) integers below `codes`."""
 
-    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta, past, flaw="none"):
+    def __init__(self, height, width, patch, dim, layers, heads, codes, code_dim, beta, border, spread, past, flaw="none"):
         super().__init__()
-        self.height, self.width, self.patch, self.beta, self.flaw = height, width, patch, beta, flaw
+        self.height, self.width, self.patch, self.beta, self.spread, self.flaw = height, width, patch, beta, spread, flaw
+        self.inner = slice(border * patch, height - border * patch), slice(border * patch, width - border * patch)
         tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
         self.embed = nn.Linear(2 * pixels, dim)
-        self.encoder = STTransformer(tokens, dim, layers, heads, window)
+        self.encoder = STTransformer(tokens, dim, layers, heads, past)
         self.to_code = nn.Linear(dim, code_dim, bias=False)
         self.vq = VectorQuantizer(codes, code_dim, normalise=flaw not in ("no-norm", "dead"), revive=flaw not in ("no-revival", "dead"))
         self.embed_past = nn.Linear(pixels, dim)
@@ -82,7 +92,7 @@ class LatentActionModel(nn.Module):
         nn.init.zeros_(self.to_pixels.bias)
 
     def features(self, x):
-        """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_1..x_{t+1}."""
+        """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_{t+1} and `past` frames before it (a layer)."""
         p = patchify(2 * x - 1, self.patch)                              # (B, T, N, P*P*C)
         if self.flaw == "blind":
             p = torch.cat([p[:, :1], p[:, :-1]], 1)
@@ -112,12 +122,26 @@ class LatentActionModel(nn.Module):
 
     def forward(self, x, root=False):
         """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root: see --root-from."""
-        e, a, commitment = self.vq(self.features(x))                     # (B, T-1, code_dim)
-        error, copying = ((y - x[:, 1:]).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
-        if root:
+        z = self.features(x)
+        e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
+        seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
+        error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))
+        if root:                                                         # both (B, T-1)
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
         error = error.mean() / copying.mean()                            # 1: no better than copying the last frame
-        return error + self.beta * commitment, a, dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)))
+        narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
+        watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
+        return error + self.beta * commitment + self.spread * narrow, a, watch
+
+
+def narrowness(z):
+    """How few directions vectors z (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
+    best. tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float().flatten(0, -2)
+        z = z - z.mean(0)
+        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
+    return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 
 def build(**config):
@@ -214,7 +238,7 @@ def score_oracle(args, clips, config):
 def evaluate(lam, args):
     """Held-out levels: psnr of the next frame with inferred codes, shuffled codes, and the last frame copied."""
     lam.eval()
-    T = lam.encoder.window
+    T = args.frames
     valid = Clips(args.data, "valid", T, args.device)
     x = valid.at(valid.spread(args.scored))
     a = actions_of(lam, x)                                               # (clips, T-1)
@@ -281,7 +305,9 @@ def begin(args):
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
-    return clips, dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
+    if min(height, width) <= 2 * args.border * args.patch:
+        stop(f"--border {args.border}: nothing would be left of frames of {width}x{height} pixels in patches of {args.patch}")
+    return clips, dict(height=height, width=width) | {k: getattr(args, k) for k in MODEL}
 
 
 def main(argv=None):

@@ -14,7 +14,7 @@
     s             sketch: draw on the frame with the mouse (right   q      quit
                   button: take the colour there), s again: play it
 
-What happens in a step (section 2.2): the code you pressed (or, if that cannot happen here, the nearest that can: --least) is
+What happens in a step (section 2.2): the code you pressed (or, if that cannot happen here, what you may have meant: --least) is
 looked up in the LAM's codebook, MaskGIT fills in the tokens of the next frame, the tokenizer's decoder turns them into pixels.
 Tokens are never encoded again from pixels; both transformers keep the keys and values of the past (st_block.Cache), so a frame
 costs the same after an hour as at the start.
@@ -726,7 +726,7 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--least", type=float, default=0.03, metavar="P", help="a code that the model gives less than this chance to come next "
-                   "(at most half an even share) is played as the nearest one that it gives more (0: as it was pressed; default: %(default)s)")
+                   "(at most half an even share) is played as a likely one near it (0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")

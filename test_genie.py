@@ -35,10 +35,10 @@ def small_tokenizer(seed=0, window=4):
     return tok.Tokenizer(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=24, code_dim=8, beta=0.25).eval()
 
 
-def small_lam(seed=0, window=4, past=4, flaw="none"):
+def small_lam(seed=0, past=4, flaw="none"):
     torch.manual_seed(seed)
-    m = lam_stage.LatentActionModel(32, 32, window, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05, past=past,
-                                    flaw=flaw).eval()
+    m = lam_stage.LatentActionModel(32, 32, patch=8, dim=16, layers=2, heads=2, codes=8, code_dim=8, beta=0.05, border=1, spread=0.02,
+                                    past=past, flaw=flaw).eval()
     torch.nn.init.normal_(m.to_pixels.weight, std=0.1)          # it starts at zero: nothing would depend on anything
     return m
 
@@ -160,13 +160,55 @@ def test_tokenizer_is_causal_both_ways():
     assert changed(m.decode(z), m.decode(w), 1) == [False, False, False, True, True, True]   # later frames remember
 
 
+@pytest.mark.parametrize("past", [1, 4])
 @torch.no_grad()
-def test_latent_action_sees_the_next_frame_and_none_after_it():
-    m, x = small_lam(), torch.rand(1, 6, 32, 32, 3)
+def test_latent_action_sees_the_next_frame_and_none_after_it(past):
+    m, x = small_lam(past=past), torch.rand(1, 6, 32, 32, 3)
     y = x.clone()
     y[:, 3] = torch.rand(32, 32, 3)                                              # x_4, the end of transition 3
     difference = changed(m.features(x), m.features(y), 1)
     assert difference[:2] == [False, False] and difference[2], "a_3 must depend on x_4, a_1 and a_2 must not"
+    assert difference[4] == (past > 1), "a_5 leads from x_5 to x_6: x_4 is the past"
+
+
+@torch.no_grad()
+def test_nothing_happened_is_the_same_whatever_happened_before():
+    """An encoder with a past would tell it where nothing moves, and any vector, however short, is brought to unit length."""
+    x = torch.rand(3, 4, 32, 32, 3)
+    x[:, 3] = x[:, 2]
+    assert small_lam(past=1).features(x)[:, 2].abs().max() < 1e-5 < small_lam(past=4).features(x)[:, 2].abs().max()
+    assert len(small_lam(past=1).encode(x)[:, 2].unique()) == 1
+
+
+def test_the_error_of_the_lam_leaves_out_the_border(monkeypatch):
+    """What scrolls in at the edges is nobody's action: however wrong it is drawn, the loss stays; an error elsewhere counts."""
+    m, x = small_lam(), torch.rand(2, 4, 32, 32, 3)
+    for inside in (False, True):
+        drawn = x[:, 1:].clone()
+        drawn[:, :, 8 if inside else 7, 8:24] += 0.5
+        monkeypatch.setattr(m, "predict", lambda x, e: drawn)
+        assert (m(x)[2]["error"] > 0) == inside
+
+
+def test_narrowness_of_known_shapes():
+    """1 on a line, 1/2 in a plane, 1/D in all D directions; and its gradient leads out of the line."""
+    torch.manual_seed(0)
+    z = torch.randn(20000, 4)
+    for directions in (1, 2, 4):
+        assert lam_stage.narrowness(z * (torch.arange(4) < directions) + 3).item() == pytest.approx(1 / directions, rel=0.02)
+    flat = (torch.randn(50, 4) * torch.tensor([1, 0.01, 0, 0])).requires_grad_()
+    lam_stage.narrowness(flat).backward()
+    assert lam_stage.narrowness(flat - flat.grad) < lam_stage.narrowness(flat)
+    assert torch.isfinite(torch.autograd.grad(lam_stage.narrowness(torch.ones(5, 4) * flat[0]), flat)[0]).all(), "all alike"
+
+
+def test_narrowness_is_that_of_the_vectors_not_of_their_codes(monkeypatch):
+    """Codes in a plane have no gradient that leads out of it: the loss would be there, and do nothing."""
+    torch.manual_seed(0)
+    m = small_lam()
+    m.vq.codebook[:, 1:] = 0
+    monkeypatch.setattr(m, "features", lambda x: torch.randn(2, 3, 8))
+    assert m(torch.rand(2, 4, 32, 32, 3))[2]["narrow"] < 0.6
 
 
 @pytest.mark.parametrize("past", [1, 2, 4])
@@ -200,8 +242,8 @@ def test_root_of_the_error_cares_for_transitions_in_which_little_happens(monkeyp
     """A decoder that gets the loud transition right and misses the quiet one is nearly perfect by mean squares, not by roots."""
     x, m = torch.zeros(1, 3, 32, 32, 3), small_lam()
     x[:, 1:] += 0.3
-    x[:, 2:, :8, :8] += 0.1
-    loud, quiet = (x[:, 1:] - x[:, :-1]).square().mean((0, 2, 3, 4)).tolist()
+    x[:, 2:, 8:16, 8:16] += 0.1
+    loud, quiet = (x[:, 1:] - x[:, :-1])[:, :, 8:24, 8:24].square().mean((0, 2, 3, 4)).tolist()      # without the border
     drawn = torch.stack([x[:, 1], x[:, 1]], 1).requires_grad_()          # the first as it was, the second unchanged
     monkeypatch.setattr(m, "predict", lambda x, e: drawn)
     for root, expected in ((False, quiet / (loud + quiet)), (True, quiet ** 0.5 / (loud ** 0.5 + quiet ** 0.5))):
@@ -429,7 +471,7 @@ def test_cached_sampling_equals_full_recomputation(action, canvas, masking):
     assert torch.allclose(together, torch.cat(single, 1), atol=1e-5)
 
 
-def test_a_code_that_cannot_come_next_is_played_as_the_nearest_that_can():
+def test_a_code_that_cannot_come_next_is_played_as_what_may_have_been_meant():
     """And nothing else is changed: what is pressed is played wherever it can be, or where nobody asks (least 0)."""
     m, z = small_dynamics(), torch.randint(24, (2, 1, 16))
     m.buttons.copy_(torch.arange(8.0)[:, None].expand(8, 8))    # 3 and 5 lie next to 4, 3 a little nearer
@@ -727,7 +769,7 @@ def test_every_stage_overfits_one_batch(stage):
         loss = lambda: m(game)[1]["mse"] / game.var()
         batch = lambda: m(game)[0]
     elif stage == "lam":
-        m = lam_stage.LatentActionModel(32, 32, 4, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05, past=1)
+        m = lam_stage.LatentActionModel(32, 32, patch=8, dim=48, layers=1, heads=2, codes=8, code_dim=8, beta=0.05, border=0, spread=0.0, past=1)
         loss = lambda: m(game)[2]["error"]
         batch = lambda: m(game)[0]
     else:
@@ -867,8 +909,8 @@ def test_recomputed_blocks_give_the_same_gradients_with_less_memory(stage):
         torch.manual_seed(0)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
-            loss, rest = m(**x)[:2]
-        (loss + rest if stage is dyn else loss).backward()
+            loss = m(**x) if stage is dyn else m(**x)[0]
+        loss.backward()
         grads.append([p.grad for p in m.parameters() if p.requires_grad])
         kept.append(sum(sizes.values()))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -910,7 +952,7 @@ def large(stage, size):
     model = {k: knobs[k] for k in stage.MODEL}
     if stage is dyn:
         return dyn.Dynamics(rows=16, columns=16, codes=1024, pixels=48, buttons=8, code_dim=32, window=16, **model)
-    return stage.build(height=64, width=64, window=16, **model)
+    return stage.build(height=64, width=64, **model | (dict(window=16) if stage is tok else {}))
 
 
 @pytest.mark.parametrize("size", ["gpu", "coinrun"])
