@@ -263,11 +263,11 @@ class World:
     def possible(self, a):
         """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
         something. So a code that the prior gives less than `least` becomes another: what did the player mean? Something likely (the prior
-        again) that is near it in the LAM's codebook: Bayes' rule, as if a code were meant with a spread of dim/8 in the square."""
-        e = self.dynamics.buttons
+        again) that points the same way in the LAM's codebook: Bayes' rule, where meaning b and saying a has odds of exp(8 cos(a, b))."""
+        e = F.normalize(self.dynamics.buttons, dim=-1, eps=1.0)                                  # "nothing" is next to 0: it points nowhere
         rare = self.likely < min(self.least, 0.5 / len(e))                                       # (B, buttons), never all of them
-        meant = self.likely.log() - 4 / e.size(-1) * torch.cdist(e[a], e).square()
-        return torch.where(rare.gather(-1, a[:, None])[:, 0], meant.masked_fill(rare, -math.inf).argmax(-1), a)
+        meant = (self.likely.log() + 8 * e[a] @ e.T).masked_fill(rare, -math.inf).argmax(-1)
+        return torch.where(rare.gather(-1, a[:, None])[:, 0], meant, a)
 
     @torch.no_grad()
     def prompt(self, z, a=None):

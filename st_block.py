@@ -378,8 +378,9 @@ def settle(args, stage):
     args.seed = asked.get("seed", 0)
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
-        if not isinstance(v, str) and (v < 0 or v == 0 and isinstance(v, int) and 0 not in values):
-            stop(f"{flag(k)} {v} makes no sense; it must be {'at least 1' if isinstance(v, int) and 0 not in values else '0 or more'}")
+        least = 0 if isinstance(v, float) or 0 in values else 1          # a count may be 0 only where it is so at some size
+        if not isinstance(v, str) and v < least:
+            stop(f"{flag(k)} {v} makes no sense; it must be at least {least}")
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")

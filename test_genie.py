@@ -474,8 +474,11 @@ def test_cached_sampling_equals_full_recomputation(action, canvas, masking):
 def test_a_code_that_cannot_come_next_is_played_as_what_may_have_been_meant():
     """And nothing else is changed: what is pressed is played wherever it can be, or where nobody asks (least 0)."""
     m, z = small_dynamics(), torch.randint(24, (2, 1, 16))
-    m.buttons.copy_(torch.arange(8.0)[:, None].expand(8, 8))    # 3 and 5 lie next to 4, 3 a little nearer
-    m.buttons[3] += 0.1
+    angle = 0.3 * torch.arange(8.0)
+    angle[3] += 0.05                                            # 3 and 5 point nearly as 4 does, 3 a little more so
+    m.buttons.zero_()
+    m.buttons[:, :2] = 3 * torch.stack([angle.cos(), angle.sin()], 1)
+    m.buttons[0] = 1e-9                                         # "nothing" points nowhere: it is not what is nearest to everything
     def press(a, likely, least):
         world = dyn.World(m, 2, steps=2, least=least)
         world.prompt(z)
