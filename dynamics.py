@@ -88,8 +88,11 @@ class Prior(nn.Module):
 
     def forward(self, z, last, e):
         """Frames z, the frame before each (B, T, N), what led from one to the other, e (B, T, D): logits of what comes next (B, T, buttons)."""
-        now, ago = self.see(self.looks).chunk(2, -1)                     # (K+1, dim)
-        h = F.embedding(z, now) + F.embedding(last, ago) + self.embed_action(e).unsqueeze(2)         # (B, T, N, dim)
+        if z.numel() > len(self.looks):                                  # in training: see each code once
+            now, ago = (F.embedding(y, table) for y, table in zip((z, last), self.see(self.looks).chunk(2, -1)))
+        else:                                                            # in play: see only what is there
+            now, ago = self.see(self.looks[z]).chunk(2, -1)[0], self.see(self.looks[last]).chunk(2, -1)[1]
+        h = now + ago + self.embed_action(e).unsqueeze(2)                # (B, T, N, dim)
         return self.head(F.relu(self.around(h)).flatten(2))
 
 

@@ -502,6 +502,7 @@ def test_prior_is_told_the_past_alone_and_teaches_nobody_else():
     w[:, 3], b[:, 3] = (z[:, 3] + 1) % 24, (a[:, 3] + 1) % 8                # frame 4, and the action that leads to frame 5
     assert changed(guesses(z, a), guesses(w, a), 1) == [False, False, False, True, True, False]
     assert changed(guesses(z, a), guesses(z, b), 1) == [False, False, False, False, True, False]
+    assert torch.allclose(guesses(z, a)[:1, :1], guesses(z[:1, :1], a[:1, :0]), atol=1e-5), "many tokens or few: two ways to the same"
     m(z, a, 0.1).backward()
     taught = lambda: {name.split(".")[0] for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
     assert "head" in taught() and "prior" not in taught()
