@@ -15,9 +15,9 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
   right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes come
   closer to the true buttons, but say less of what happened, and the world that is trained on them is a worse one;
-- the encoder looks no further back than the decoder. One that does can still say nothing of use about the past, but the past
+- the encoder looks no further back than the decoder. One that does has nothing of use to say about the past, but the past
   leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
-  unit length it got the codes of jumps. Two thirds of these, on the ground, meant "nothing"; now that has a code of its own;
+  unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
