@@ -125,8 +125,8 @@ class LatentActionModel(nn.Module):
         z = self.features(x)
         e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
         seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
-        error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))
-        if root:                                                         # both (B, T-1)
+        error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
+        if root:
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
         error = error.mean() / copying.mean()                            # 1: no better than copying the last frame
         narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in

@@ -726,7 +726,7 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
     p.add_argument("--least", type=float, default=0.003, metavar="P", help="a code that the model gives less than this chance to come next "
-                   "(at most half an even share) is played as a likely one near it (0: as it was pressed; default: %(default)s)")
+                   "(at most half an even share) is played as a likely one of like meaning (0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
