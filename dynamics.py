@@ -76,6 +76,7 @@ class Prior(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, buttons)
+        self.register_buffer("came", torch.zeros(buttons, 101))          # see learn_prior
         self.begin()
 
     def begin(self):
@@ -179,10 +180,13 @@ class Dynamics(nn.Module):
             target = z
         return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
 
+    def foresee(self, z, a):
+        """What the prior expects of each action a (B, T-1) in clips z (B, T, N), given what was before: logits (B, T-1, buttons)."""
+        return self.prior(z[:, :-1], self.before(z)[:, :-1], self.actions(a)[:, :-1].detach()).float()
+
     def surprise(self, z, a):
-        """The prior's loss: cross-entropy of each action a (B, T-1) in clips z (B, T, N), given what was before. Only the prior learns of it."""
-        guess = self.prior(z[:, :-1], self.before(z)[:, :-1], self.actions(a)[:, :-1].detach())      # (B, T-1, buttons)
-        return F.cross_entropy(guess.flatten(0, 1).float(), a.flatten())
+        """The prior's loss: the cross-entropy of what it expects. Nothing but the prior learns of it."""
+        return F.cross_entropy(self.foresee(z, a).flatten(0, 1), a.flatten())
 
     def loss(self, x, target):
         """Cross-entropy of features x (B, T, N, D) against tokens (B, T, N). Apart, so that it can be compiled: its logits are by
@@ -265,11 +269,14 @@ class World:
 
     def possible(self, a):
         """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
-        something. So a code that the prior gives less than `least` becomes another: what did the player mean? Something likely (the prior
-        again) that points the same way in the LAM's codebook: Bayes' rule, where meaning b and saying a has odds of exp(8 cos(a, b))."""
+        something. So a code becomes another where the prior expects it less than in all but a share `least` of the moments at which it
+        did come (conformal prediction, Vovk et al. 2005): rare is not impossible, and each code is measured by itself. What did the
+        player mean? Something likely that points the same way in the LAM's codebook: Bayes' rule, where meaning b and saying a has
+        odds of exp(3 cos(a, b))."""
         e = F.normalize(self.dynamics.buttons, dim=-1, eps=1.0)                                  # "nothing" is next to 0: it points nowhere
-        rare = self.likely < min(self.least, 0.5 / len(e))                                       # (B, buttons), never all of them
-        meant = (self.likely.log() + 8 * e[a] @ e.T).masked_fill(rare, -math.inf).argmax(-1)
+        floor = self.dynamics.prior.came[:, round(1000 * self.least)]                            # (buttons,)
+        rare = (self.likely < floor) & (self.likely < self.likely.amax(-1, keepdim=True))        # (B, buttons), never all of them
+        meant = (self.likely.log() + 3 * e[a] @ e.T).masked_fill(rare, -math.inf).argmax(-1)
         return torch.where(rare.gather(-1, a[:, None])[:, 0], meant, a)
 
     @torch.no_grad()
@@ -487,14 +494,17 @@ def looks_of(tokenizer):
 
 
 def learn_prior(dynamics, tokens, actions, clips, args):
-    """Train the prior of a finished model, from the start. Many clips a step: most moments tell it nothing new, and walls are rare."""
+    """Train the prior of a finished model, from the start. Many clips a step: most moments tell it nothing new, and walls are rare.
+    The last tenth of the data is kept from it, for `chances`."""
     torch.manual_seed(args.seed)
     prior = dynamics.prior.begin().requires_grad_(True)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
+    taught, kept = np.split(clips.starts, [len(clips.starts) * 9 // 10])
     for step in (bar := tqdm(range(args.prior_steps), desc="prior", mininterval=1, dynamic_ncols=True)):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        index = torch.from_numpy(clips.draw(64)[:, None] + np.arange(args.frames)).to(tokens.device)
+        starts = taught[torch.randint(len(taught), (64,)).numpy()]
+        index = torch.from_numpy(starts[:, None] + np.arange(args.frames)).to(tokens.device)
         with autocast(args):
             loss = dynamics.surprise(tokens[index].long(), actions[index[:, :-1]].long())
         optimizer.zero_grad()
@@ -504,6 +514,25 @@ def learn_prior(dynamics, tokens, actions, clips, args):
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     prior.requires_grad_(False)
+    prior.came.copy_(chances(dynamics, tokens, actions, kept, args.frames))
+
+
+@torch.no_grad()
+def chances(dynamics, tokens, actions, starts, frames):
+    """What chance does the prior give each code at the moments when it comes? The lowest tenth of its quantiles, (buttons, 101): what
+    0, 1, 2, ... 100 moments of 1,000 lie below (the first is 0); for a code that never comes, 1. From clips that it did not learn from."""
+    came, chance = [], []
+    for part in np.array_split(starts[np.linspace(0, len(starts) - 1, 1024).astype(int)], 16):
+        index = torch.from_numpy(part[:, None] + np.arange(frames)).to(tokens.device)
+        z, a = tokens[index].long(), actions[index[:, :-1]].long()
+        came.append(a.flatten())
+        chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
+    came, chance = torch.cat(came), torch.cat(chance)
+    table = torch.ones(len(dynamics.buttons), 101, device=came.device)
+    for code in came.unique():
+        table[code] = chance[came == code].quantile(torch.linspace(0, 0.1, 101, device=came.device))
+    table[:, 0] = 0
+    return table
 
 
 def build(**config):

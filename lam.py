@@ -49,9 +49,9 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (300,   1400, 20000, 200000, "training steps"),
-    batch=      ( 16,     16,    32,     36, "clips in a step"),
-    frames=     (  4,      4,    16,     16, "frames in a clip"),
+    steps=      (300,   1800, 20000, 200000, "training steps"),
+    batch=      ( 48,     48,   480,     36, "clips in a step"),
+    frames=     (  2,      2,     2,     16, "frames in a clip: with --past 1, two and many clips, since neighbours in time are alike"),
     patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
     dim=        ( 64,    128,   512,    512, "width D"),
     layers=     (  1,      2,     8,      8, "ST blocks of the encoder, and of the decoder"),
@@ -66,7 +66,7 @@ KNOBS = dict(
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
-    scored=     ( 64,    256,   256,    256, "held-out clips in the scores"),
+    scored=     (192,    768,   768,    256, "held-out clips in the scores"),
 )
 MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "border", "spread", "past", "flaw")
 
@@ -86,7 +86,7 @@ class LatentActionModel(nn.Module):
         self.embed_past = nn.Linear(pixels, dim)
         self.around = Neighbours(height // patch, width // patch, dim)
         self.embed_action = nn.Linear(code_dim, dim)
-        self.decoder = STTransformer(tokens, dim, layers, heads, past)
+        self.decoder = STTransformer(tokens, dim, layers, heads, past + (flaw == "leak"))
         self.to_pixels = nn.Linear(dim, pixels)
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.zeros_(self.to_pixels.bias)
@@ -108,7 +108,7 @@ class LatentActionModel(nn.Module):
         h = self.around(self.embed_past(patches)) + self.embed_action(e).unsqueeze(2)     # additive actions (section 2.1)
         mask = None
         if self.flaw == "leak":
-            mask = torch.ones(h.size(1), h.size(1), dtype=torch.bool, device=h.device).tril(1).triu(1 - self.decoder.window)
+            mask = torch.ones(h.size(1), h.size(1), dtype=torch.bool, device=h.device).tril(1).triu(2 - self.decoder.window)
         change = self.to_pixels(self.decoder(h, mask=mask)).float()
         return x + unpatchify(change, self.patch, self.height, self.width)
 
@@ -158,10 +158,10 @@ def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. For playing, only transitions count where the button
-    was decisive, that is, where no other would have led to that frame (a jump is not, in the air): `meaning` is the button that
-    each code most often goes with there, `keys` the way back: for each button the code that goes with it best, by the F-measure
-    with beta = 1/2 (van Rijsbergen 1979: purity counts more). Returns (scores, table of counts code x button) or None.
+    that button would have led the true game to the very same next frame. For playing: `meaning` is the button that would most
+    often have led to what a code was used for, pressed or not; of equals (in mid-air, with up and without), the first. `keys` is the way back: for each button the code that goes with it
+    best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more), of transitions where the button was decisive,
+    that is, where no other would have led to that frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
     """
     K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
     for split in ("train", "valid"):
@@ -183,7 +183,9 @@ def score_actions(lam, args, T):
             recall = decisive / decisive.sum(0).clip(1)                  # P(code | button)
             precision = recall / recall.sum(1, keepdims=True).clip(1e-9)  # P(button | code), were all buttons equally common
             keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
-            meaning = np.where(decisive.any(1), decisive.argmax(1), mapping)
+            leads = np.zeros_like(table)
+            np.add.at(leads, a, same)
+            meaning = (leads >= leads.max(1, keepdims=True) - 0.01 * table.sum(1, keepdims=True)).argmax(1)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
@@ -301,6 +303,8 @@ def picture(lam, path, x, a, known):
 
 def begin(args):
     """What is trained, and on what: the clips, the configuration of the model."""
+    if args.flaw in ("blind", "leak") and args.frames < 3:
+        stop(f"--flaw {args.flaw} shows only in clips of three frames or more: add --frames 4 --batch 16")
     # the held-out clips too: that they are too short for --frames should show now, not after training
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]

@@ -725,8 +725,8 @@ def main(argv=None):
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
-    p.add_argument("--least", type=float, default=0.003, metavar="P", help="a code that the model gives less than this chance to come next "
-                   "(at most half an even share) is played as a likely one of like meaning (0: as it was pressed; default: %(default)s)")
+    p.add_argument("--least", type=float, default=0.01, metavar="SHARE", help="a code that is expected less than in all but this share of the moments "
+                   "when it came is played as a likely one of like meaning (at most 0.1; 0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="which starting frames, and the luck of the sampling")
@@ -738,8 +738,8 @@ def main(argv=None):
     p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 1:
-        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 1")
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 0.1:
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 0.1")
     args.device = find_device(args.device)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling

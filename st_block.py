@@ -127,12 +127,15 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------------------------------------ the ST block
 
 class STBlock(nn.Module):
-    """Spatial attention, causal temporal attention, ONE feed-forward after both (section 2, figure 4)."""
+    """Spatial attention, causal temporal attention, ONE feed-forward after both (section 2, figure 4). With a window of one frame
+    there is no past to look at: attention to oneself alone is a matrix product, and it is left out."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, window):
         super().__init__()
         self.norm_space, self.space = nn.LayerNorm(dim, eps=1e-6, bias=False), Attention(dim, heads)
-        self.norm_time, self.time = nn.LayerNorm(dim, eps=1e-6, bias=False), Attention(dim, heads)
+        self.time = None
+        if window > 1:
+            self.norm_time, self.time = nn.LayerNorm(dim, eps=1e-6, bias=False), Attention(dim, heads)
         self.norm_ffw = nn.LayerNorm(dim, eps=1e-6, bias=False)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
@@ -140,8 +143,9 @@ class STBlock(nn.Module):
         B, T, N, D = x.shape
         s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
         x = x + self.space(s).view(B, T, N, D)
-        t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)     # every place by itself (strided, qkv is slow)
-        x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
+        if self.time is not None:
+            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself (strided, qkv is slow)
+            x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
         return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 
 
@@ -156,7 +160,7 @@ class STTransformer(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
-        self.blocks = nn.ModuleList(STBlock(dim, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(STBlock(dim, heads, window) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
         for name, p in self.named_parameters():     # GPT-2's start: residual branches begin small, by the depth
             if name.endswith(("out.weight", "down.weight")):

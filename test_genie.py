@@ -487,10 +487,12 @@ def test_a_code_that_cannot_come_next_is_played_as_what_may_have_been_meant():
         torch.manual_seed(0)
         return world.step(torch.tensor(a)), world.played.tolist()
     rare = [0.2, 0.2, 0.2, 0.2, 0.001, 0.1, 0.098, 0.001]
-    assert press([4, 1], rare, 0.03)[1] == [3, 1] and press([7, 7], rare, 0.03)[1] == [6, 6]
+    m.prior.came[:, 10], m.prior.came[:, 20], m.prior.came[:, 30] = 0.03, torch.tensor([0, 0, 0, 0, 0, 0.3, 0, 0]), 1
+    assert press([4, 1], rare, 0.01)[1] == [3, 1] and press([7, 7], rare, 0.01)[1] == [6, 6]
     assert press([4, 7], rare, 0.0)[1] == [4, 7], "nobody asked"
-    assert press([5, 6], rare, 0.9)[1] == [5, 6], "half an even share is always possible"
-    assert torch.equal(press([4, 1], rare, 0.03)[0], press([3, 1], rare, 0.0)[0]), "played as if 3 had been pressed"
+    assert press([5, 4], rare, 0.02)[1] == [3, 4], "each code by its own measure: 5 comes with more than that, 4 with less"
+    assert press([5, 6], rare, 0.03)[1] == [3, 3], "the likeliest of all are always possible"
+    assert torch.equal(press([4, 1], rare, 0.01)[0], press([3, 1], rare, 0.0)[0]), "played as if 3 had been pressed"
 
 
 def test_prior_is_told_the_past_alone_and_teaches_nobody_else():
@@ -519,7 +521,8 @@ def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
     m.prior.looks[12:24] = m.prior.looks[:12] + 0.05 * torch.randn(12, 192)
     tokens = torch.randint(12, (400, 16))
     actions = 2 * (tokens[:, 0] % 4) + torch.randint(2, (400,))
-    clips = SimpleNamespace(draw=lambda count: np.random.default_rng(torch.initial_seed()).integers(396, size=count))
+    actions[actions == 7] = 6
+    clips = SimpleNamespace(starts=np.arange(396))
     args = SimpleNamespace(seed=0, frames=4, prior_steps=150, device=torch.device("cpu"), compile="off")
     world, z = dyn.World(m, 16), torch.randint(12, (16, 1, 16))
     world.prompt(z)
@@ -529,6 +532,9 @@ def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
     for names in (z, z + 12):
         world.prompt(names)
         assert world.likely.gather(1, 2 * (z[:, :1, 0] % 4) + torch.arange(2)).sum(1).mean() > 0.8, "play is told the same"
+    came = m.prior.came
+    assert (came[:, 0] == 0).all() and (came.diff() >= 0).all() and (came[7, 1:] == 1).all(), "7 never comes"
+    assert (came[:6, 1:] > 0).all() and (came[:6, 1:] < 0.5).all() and (came[6, 1:] > 0.9).all(), "of two, which? And 6 always comes; of clips that it never saw"
     dyn.learn_prior(m, tokens, actions, clips, args)
     assert torch.equal(learned, m.prior.head.weight), "learned once more, as after --resume, it is the same to the bit"
 
