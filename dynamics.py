@@ -76,7 +76,7 @@ class Prior(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, buttons)
-        self.register_buffer("came", torch.zeros(buttons, 101))          # see learn_prior
+        self.register_buffer("came", torch.zeros(buttons, 101))          # see chances
         self.begin()
 
     def begin(self):
@@ -92,7 +92,7 @@ class Prior(nn.Module):
         if z.numel() > len(self.looks):                                  # in training: see each code once
             now, ago = (F.embedding(y, table) for y, table in zip((z, last), self.see(self.looks).chunk(2, -1)))
         else:                                                            # in play: see only what is there
-            now, ago = self.see(self.looks[z]).chunk(2, -1)[0], self.see(self.looks[last]).chunk(2, -1)[1]
+            (now, _), (_, ago) = (y.chunk(2, -1) for y in self.see(self.looks[torch.stack([z, last])]))
         h = now + ago + self.embed_action(e).unsqueeze(2)                # (B, T, N, dim)
         return self.head(F.relu(self.around(h)).flatten(2))
 
@@ -117,9 +117,13 @@ class Dynamics(nn.Module):
         self.prior = Prior(rows, columns, codes, pixels, buttons, dim).requires_grad_(False)     # it learns afterwards: learn_prior
         nn.init.normal_(self.embed.weight, std=0.5)
 
+    def vectors(self, a):
+        """Action indices (B, T) -> vectors (B, T, D)."""
+        return self.embed_action(F.embedding(a, self.buttons))
+
     def actions(self, a):
         """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
-        return F.pad(self.embed_action(F.embedding(a, self.buttons)), (0, 0, 1, 0))
+        return F.pad(self.vectors(a), (0, 0, 1, 0))
 
     def before(self, z):
         """The frame before each frame of z (B, T, N); before the first there was none."""
@@ -255,8 +259,10 @@ class World:
 
     def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random", least=0.0):
         """least: see `possible`. The rest: see `maskgit`."""
-        self.dynamics, self.B, self.steps, self.temperature, self.order, self.least = dynamics, B, steps, temperature, order, least
+        self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
         self.cache = dynamics.transformer.new_cache(B)
+        e = F.normalize(dynamics.buttons, dim=-1, eps=1.0)               # "nothing" is next to 0: it points nowhere
+        self.alike, self.floor = 2 * e @ e.T, dynamics.prior.came[:, round(1000 * least)]    # (buttons, buttons), (buttons,)
 
     def see(self, z, e, canvas):
         """One pass of a frame z (B, 1, N), with holes or without: its features (B, 1, N, D)."""
@@ -272,11 +278,9 @@ class World:
         something. So a code becomes another where the prior expects it less than in all but a share `least` of the moments at which it
         did come (conformal prediction, Vovk et al. 2005): rare is not impossible, and each code is measured by itself. What did the
         player mean? Something likely that points the same way in the LAM's codebook: Bayes' rule, where meaning b and saying a has
-        odds of exp(3 cos(a, b))."""
-        e = F.normalize(self.dynamics.buttons, dim=-1, eps=1.0)                                  # "nothing" is next to 0: it points nowhere
-        floor = self.dynamics.prior.came[:, round(1000 * self.least)]                            # (buttons,)
-        rare = (self.likely < floor) & (self.likely < self.likely.amax(-1, keepdim=True))        # (B, buttons), never all of them
-        meant = (self.likely.log() + 3 * e[a] @ e.T).masked_fill(rare, -math.inf).argmax(-1)
+        odds of exp(2 cos(a, b))."""
+        rare = (self.likely < self.floor) & (self.likely < self.likely.amax(-1, keepdim=True))   # (B, buttons), never all of them
+        meant = (self.likely.log() + self.alike[a]).masked_fill(rare, -math.inf).argmax(-1)
         return torch.where(rare.gather(-1, a[:, None])[:, 0], meant, a)
 
     @torch.no_grad()
@@ -293,7 +297,7 @@ class World:
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
         d, self.played = self.dynamics, self.possible(a)
-        e, canvas = frames_of(d.actions(self.played[:, None]))[1], d.paint(self.last)            # (B, 1, D), (B, 1, N, D)
+        e, canvas = d.vectors(self.played[:, None]), d.paint(self.last)                           # (B, 1, D), (B, 1, N, D)
         predict = lambda z, place: d.logits_at(place, self.see(z, e, canvas))
         z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         if d.wants_whole_past:
@@ -519,19 +523,20 @@ def learn_prior(dynamics, tokens, actions, clips, args):
 
 @torch.no_grad()
 def chances(dynamics, tokens, actions, starts, frames):
-    """What chance does the prior give each code at the moments when it comes? The lowest tenth of its quantiles, (buttons, 101): what
-    0, 1, 2, ... 100 moments of 1,000 lie below (the first is 0); for a code that never comes, 1. From clips that it did not learn from."""
+    """What chance does the prior give each code at the moments when it comes? (buttons, 101): of such moments at most 0, 1, ... 100 in
+    1,000 lie below, new ones included (conformal prediction); 0 where they are too few to tell, 1 for a code that never comes. From
+    clips that the prior did not learn from: what it has seen, it expects too surely."""
     came, chance = [], []
-    for part in np.array_split(starts[np.linspace(0, len(starts) - 1, 1024).astype(int)], 16):
-        index = torch.from_numpy(part[:, None] + np.arange(frames)).to(tokens.device)
+    for part in torch.from_numpy(starts[::frames - 1]).split(64):
+        index = part[:, None].to(tokens.device) + torch.arange(frames, device=tokens.device)
         z, a = tokens[index].long(), actions[index[:, :-1]].long()
         came.append(a.flatten())
         chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
-    came, chance = torch.cat(came), torch.cat(chance)
-    table = torch.ones(len(dynamics.buttons), 101, device=came.device)
-    for code in came.unique():
-        table[code] = chance[came == code].quantile(torch.linspace(0, 0.1, 101, device=came.device))
-    table[:, 0] = 0
+    came, chance, table = torch.cat(came), torch.cat(chance), torch.zeros_like(dynamics.prior.came)
+    for code, row in enumerate(table):
+        mine = F.pad(chance[came == code].sort().values, (1, 0))         # (n + 1,), the first is 0
+        row[:] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]             # of n + 1 moments, this many are below
+        row[1:] += float(len(mine) == 1)
     return table
 
 

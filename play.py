@@ -76,7 +76,7 @@ class Game:
             stop(f"--keys {none} {left} {right} {up}: this world has the codes 1 to {self.K}")
         self.keys = [k - 1 for k in (none, left, right, up, up, up)]                # in the order of data.ACTIONS
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def reset(self, frame, true=None):
         """Begin from frame (H, W, C) in [0, 1]. true: a Platformer in that very state, to be played alongside.
 
@@ -105,7 +105,7 @@ class Game:
         self.pictures.advance()
         return x[0, 0].cpu().numpy()                            # (H, W, C)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def press(self, code, button=None):
         """Advance one frame under latent action `code` (from 0); the true game, if any, under `button`."""
         self.undo = self.undo[-31:] + [(self.world.snapshot(), self.pictures.snapshot(), self.frame,
@@ -125,7 +125,7 @@ class Game:
                 self.true.restore(true)
             self.count -= 1
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def every_button(self):
         """The next frame under each code, from here, without moving on: (K, H, W, C)."""
         past, drawn = self.world.snapshot(), self.pictures.snapshot()
@@ -531,7 +531,7 @@ def load_i3d(device):
     return I3D(tree["params"], tree["batch_stats"]).eval().to(device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def i3d_features(i3d, clips, batch=8):
     """The I3D logits (B, 400), float32 on the CPU, of clips (B, T, H, W, 3), float in [0, 1], T >= 9; `batch` at a time."""
     B, T = clips.shape[:2]
@@ -585,7 +585,7 @@ def score_arrows(game, supply, prompts=200, presses=10):
     return result
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_counterfactual(game, supply, prompts=100):
     """From one real frame, press each code; PSNR against the frame that the true game shows under the button that the code was
     found to mean (and its standard error over prompts), beside the tokenizer's own reconstruction of that frame and the first
@@ -607,7 +607,7 @@ def score_counterfactual(game, supply, prompts=100):
                 counterfactual_psnr_tokenizer=tokenizer, counterfactual_copy_psnr=copy)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_fvd(game, lam, args, sampling, clips):
     """fvd of generated frames 1-16 and 49-64 against the real ones, and the floor: real clips against other real clips."""
     i3d = load_i3d(game.device)
@@ -662,7 +662,7 @@ def score(game, supply, args):
 
 # ------------------------------------------------------------------------------------------------ speed
 
-@torch.no_grad()
+@torch.inference_mode()
 def bench(game, supply, args):
     """Frames/s, decoding included: with the cache, and without it, where every MaskGIT step and the decoder compute the whole window
     of frames anew; taken in turns, since machines have moods (a frame of more than a second: once). Then with the window drawn (off
