@@ -76,7 +76,7 @@ class Prior(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, buttons)
-        self.register_buffer("came", torch.zeros(buttons, 101))          # see chances
+        self.register_buffer("came", torch.zeros(buttons, 101))          # its chance when it came: see `chances`
         self.begin()
 
     def begin(self):
@@ -504,7 +504,8 @@ def learn_prior(dynamics, tokens, actions, clips, args):
     prior = dynamics.prior.begin().requires_grad_(True)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
-    taught, kept = np.split(clips.starts, [len(clips.starts) * 9 // 10])
+    n = len(clips.starts) * 9 // 10
+    taught, kept = clips.starts[:max(1, n)], clips.starts[n:]
     for step in (bar := tqdm(range(args.prior_steps), desc="prior", mininterval=1, dynamic_ncols=True)):
         torch.manual_seed(args.seed * 1_000_003 + step)
         starts = taught[torch.randint(len(taught), (64,)).numpy()]
@@ -523,8 +524,8 @@ def learn_prior(dynamics, tokens, actions, clips, args):
 
 @torch.no_grad()
 def chances(dynamics, tokens, actions, starts, frames):
-    """What chance does the prior give each code at the moments when it comes? (buttons, 101): of such moments at most 0, 1, ... 100 in
-    1,000 lie below, new ones included (conformal prediction); 0 where they are too few to tell, 1 for a code that never comes. From
+    """What chance does the prior give each code when it comes? A table (buttons, 101): column s is a chance that only s in 1,000 such
+    moments stay below (conformal prediction); 0 where there are too few to tell. A code that never came has 1 (but in column 0). From
     clips that the prior did not learn from: what it has seen, it expects too surely."""
     came, chance = [], []
     for part in torch.from_numpy(starts[::frames - 1]).split(64):
@@ -535,8 +536,9 @@ def chances(dynamics, tokens, actions, starts, frames):
     came, chance, table = torch.cat(came), torch.cat(chance), torch.zeros_like(dynamics.prior.came)
     for code, row in enumerate(table):
         mine = F.pad(chance[came == code].sort().values, (1, 0))         # (n + 1,), the first is 0
-        row[:] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]             # of n + 1 moments, this many are below
-        row[1:] += float(len(mine) == 1)
+        row[:] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]             # a new moment has each of n + 1 ranks alike
+        if not (actions == code).any():
+            row[1:] = 1
     return table
 
 

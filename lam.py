@@ -2,7 +2,7 @@
 
     python lam.py                            # data/platformer -> runs/platformer/lam.pt
     python lam.py --oracle                   # the ceiling: the same encoder, told the true buttons
-    python lam.py --run runs/blind --flaw blind      # the collapse laboratory: break it, look at lam.png
+    python lam.py --run runs/blind --flaw blind --frames 4 --batch 16      # the collapse laboratory: break it, look at lam.png
 
 The encoder sees frames x_1..x_t AND x_{t+1} and may say one of 8 words, a_t. The decoder sees x_1..x_t and that word, and
 must draw x_{t+1}. Three bits are too few to describe a frame: they pay off most when they tell what the past could not,
@@ -18,6 +18,8 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the encoder looks no further back than the decoder. One that does has nothing of use to say about the past, but the past
   leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
   unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
+- a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
+  nearly the same thing over and over. The codes of most seeds are purer for it, of one in three they are not;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
@@ -51,7 +53,7 @@ KNOBS = dict(
     #            test  laptop   gpu  coinrun
     steps=      (300,   1800, 20000, 200000, "training steps"),
     batch=      ( 48,     48,   480,     36, "clips in a step"),
-    frames=     (  2,      2,     2,     16, "frames in a clip: with --past 1, two and many clips, since neighbours in time are alike"),
+    frames=     (  2,      2,     2,     16, "frames in a clip: --past 1 needs but two, and more clips teach more than longer ones"),
     patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
     dim=        ( 64,    128,   512,    512, "width D"),
     layers=     (  1,      2,     8,      8, "ST blocks of the encoder, and of the decoder"),
@@ -157,11 +159,12 @@ def actions_of(lam, clips, batch=16):
 def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
-    Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when
-    that button would have led the true game to the very same next frame. For playing: `meaning` is the button that would most
-    often have led to what a code was used for, pressed or not; of equals (in mid-air, with up and without), the first. `keys` is the way back: for each button the code that goes with it
-    best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more), of transitions where the button was decisive,
-    that is, where no other would have led to that frame (a jump is not, in the air). Returns (scores, table of counts code x button) or None.
+    Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when that button
+    would have led the true game to the very same next frame. For playing, `meaning` is the button that would most often have led to
+    what a code was used for, pressed or not; of buttons equal to 1 in 100 (in mid-air, with up and without), the first. `keys` is the
+    way back, from transitions where no other button would have led to the same frame (a jump in the air does not count): for each
+    button the code that goes with it best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more).
+    Returns (scores, table of counts code x button) or None.
     """
     K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
     for split in ("train", "valid"):
@@ -303,8 +306,9 @@ def picture(lam, path, x, a, known):
 
 def begin(args):
     """What is trained, and on what: the clips, the configuration of the model."""
-    if args.flaw in ("blind", "leak") and args.frames < 3:
-        stop(f"--flaw {args.flaw} shows only in clips of three frames or more: add --frames 4 --batch 16")
+    if args.frames < 3 and (args.past > 1 or args.flaw in ("blind", "leak")):
+        what = f"--past {args.past}" if args.past > 1 else f"--flaw {args.flaw}"
+        stop(f"{what} does nothing in clips of two frames, which have but one transition: add --frames 4 and a third of the --batch")
     # the held-out clips too: that they are too short for --frames should show now, not after training
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
