@@ -69,21 +69,20 @@ class Neighbours(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention
 
 def rotary(time, dim):
-    """What turns pair i of a query or key, its elements i and i + dim/2, by an angle time * theta_i (Su et al. 2021): cosines and
-    signed sines, each (T, dim), for `rotate`.
+    """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
 
     After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
     400: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
     angle = time.float()[:, None] * theta                                        # (T, dim/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Apply `rotary` to x (..., T, dh): (a, b) -> (a cos - b sin, b cos + a sin). In few operations: in play each is felt."""
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)
+    """Apply `rotary` to x (..., T, dh)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 def attention_by_hand(q, k, v, mask=None):
