@@ -489,6 +489,12 @@ def encode(data, tokenizer, lam, args):
     return z, a
 
 
+def clips_of(tokens, actions, starts, frames):
+    """The clips that begin at starts (B,), out of all of the data: tokens (B, T, N) and the actions between their frames (B, T-1)."""
+    index = torch.from_numpy(starts[:, None] + np.arange(frames)).to(tokens.device, non_blocking=True)
+    return tokens[index].long(), actions[index[:, :-1]].long()
+
+
 @torch.no_grad()
 def looks_of(tokenizer):
     """What each code looks like: the mean patch (K, P*P*C) of a frame of nothing but this code; all of them to mean 0 and variance 1."""
@@ -504,14 +510,13 @@ def learn_prior(dynamics, tokens, actions, clips, args):
     prior = dynamics.prior.begin().requires_grad_(True)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
-    n = len(clips.starts) * 9 // 10
-    taught, kept = clips.starts[:max(1, n)], clips.starts[n:]
+    cut = len(clips.starts) * 9 // 10
+    taught, kept = clips.starts[:max(1, cut)], clips.starts[cut:]
     for step in (bar := tqdm(range(args.prior_steps), desc="prior", mininterval=1, dynamic_ncols=True)):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        starts = taught[torch.randint(len(taught), (64,)).numpy()]
-        index = torch.from_numpy(starts[:, None] + np.arange(args.frames)).to(tokens.device)
+        z, a = clips_of(tokens, actions, taught[torch.randint(len(taught), (64,)).numpy()], args.frames)
         with autocast(args):
-            loss = dynamics.surprise(tokens[index].long(), actions[index[:, :-1]].long())
+            loss = dynamics.surprise(z, a)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -528,9 +533,9 @@ def chances(dynamics, tokens, actions, starts, frames):
     moments stay below (conformal prediction); 0 where there are too few to tell. A code that never came has 1 (but in column 0). From
     clips that the prior did not learn from: what it has seen, it expects too surely."""
     came, chance = [], []
-    for part in torch.from_numpy(starts[::frames - 1]).split(64):
-        index = part[:, None].to(tokens.device) + torch.arange(frames, device=tokens.device)
-        z, a = tokens[index].long(), actions[index[:, :-1]].long()
+    starts = starts[::frames - 1]                                        # nearly every moment once
+    for i in range(0, len(starts), 64):
+        z, a = clips_of(tokens, actions, starts[i:i + 64], frames)       # (64, T, N), (64, T-1)
         came.append(a.flatten())
         chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
     came, chance, table = torch.cat(came), torch.cat(chance), torch.zeros_like(dynamics.prior.came)
@@ -581,8 +586,7 @@ def main(argv=None):
 
     for step in run.steps():
         starts = clips.draw(args.batch // args.world)
-        index = torch.from_numpy(starts[:, None] + np.arange(args.frames)).to(tokens.device, non_blocking=True)
-        z, a = tokens[index].long(), actions[index[:, :-1]].long()       # (B, T, N), (B, T-1)
+        z, a = clips_of(tokens, actions, starts, args.frames)
         if beside:
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)

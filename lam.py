@@ -109,7 +109,7 @@ class LatentActionModel(nn.Module):
         patches = patchify(2 * x - 1, self.patch)                        # (B, T, N, P*P*C)
         h = self.around(self.embed_past(patches)) + self.embed_action(e).unsqueeze(2)     # additive actions (section 2.1)
         mask = None
-        if self.flaw == "leak":
+        if self.flaw == "leak":                                          # its window is one frame longer, ahead instead of back
             mask = torch.ones(h.size(1), h.size(1), dtype=torch.bool, device=h.device).tril(1).triu(2 - self.decoder.window)
         change = self.to_pixels(self.decoder(h, mask=mask)).float()
         return x + unpatchify(change, self.patch, self.height, self.width)
