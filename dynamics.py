@@ -613,7 +613,7 @@ def lam_step(run, net, x, step, args):
     loss can pass through them, which is the stop-gradient of section 2.1."""
     schedule(run.optimizer, step, run.args)
     with autocast(args):
-        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps)
+        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps, run.args.shifted)
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)

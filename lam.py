@@ -22,6 +22,11 @@ Where it departs from the paper (each measured in the README's lab notes):
   nearly the same thing over and over. It draws the next frame better in fewer minutes; whether codes are pure is the luck of the seed;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
+- encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
+  dark levels and light: "up" here is "down" there. Neither loses by it; a player does, and every second seed was of that kind.
+  Against the first, half of the clips are shown to the encoder shifted, by up to a patch (`--shifted`), and to the decoder as they
+  are. Against the second, the encoder reads squares of linear filters over two frames, as the motion energy model of human vision
+  does (Adelson & Bergen 1985): a filter that moves along with an edge answers alike to a bright one and to a dark one;
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail;
@@ -64,6 +69,7 @@ KNOBS = dict(
     border=     (  1,      1,     1,      0, "patches along each edge of the frame that the error leaves out (the paper: none)"),
     spread=     (0.02,  0.02,  0.02,     0., "weight of the loss that keeps codes from lying on a line or in a plane (the paper: 0)"),
     past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
+    shifted=    (0.5,    0.5,   0.5,    0.0, "share of the clips that the encoder sees shifted against the grid of patches (the paper: 0)"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
@@ -81,7 +87,7 @@ class LatentActionModel(nn.Module):
         self.height, self.width, self.patch, self.beta, self.spread, self.flaw = height, width, patch, beta, spread, flaw
         self.inner = slice(border * patch, height - border * patch), slice(border * patch, width - border * patch)
         tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
-        self.embed = nn.Linear(2 * pixels, dim)
+        self.embed = nn.Linear(2 * pixels, dim, bias=False)
         self.encoder = STTransformer(tokens, dim, layers, heads, past)
         self.to_code = nn.Linear(dim, code_dim, bias=False)
         self.vq = VectorQuantizer(codes, code_dim, normalise=flaw not in ("no-norm", "dead"), revive=flaw not in ("no-revival", "dead"))
@@ -99,9 +105,10 @@ class LatentActionModel(nn.Module):
         if self.flaw == "blind":
             p = torch.cat([p[:, :1], p[:, :-1]], 1)
         forth, back = torch.cat([p[:, :-1], p[:, 1:]], -1), torch.cat([p[:, 1:], p[:, :-1]], -1)
+        read = lambda pairs: self.encoder(self.embed(pairs).square())    # motion energy: x and -x are read alike
         if self.flaw == "one-way":
-            return self.to_code(self.encoder(self.embed(forth)).mean(2))
-        h, r = self.encoder(self.embed(torch.cat([forth, back]))).chunk(2)                # 2 x (B, T-1, N, D)
+            return self.to_code(read(forth).mean(2))
+        h, r = read(torch.cat([forth, back])).chunk(2)                   # 2 x (B, T-1, N, D)
         return self.to_code((h - r).mean(2))                             # over the tokens of a frame
 
     def predict(self, x, e):
@@ -122,9 +129,13 @@ class LatentActionModel(nn.Module):
         """Next frames for frames x (B, T, H, W, C) under actions a (B, T): (B, T, H, W, C) in [0, 1]."""
         return self.predict(x, F.embedding(a, self.vq.codebook)).clamp(0, 1)
 
-    def forward(self, x, root=False):
-        """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root: see --root-from."""
-        z = self.features(x)
+    def forward(self, x, root=False, shifted=0.0):
+        """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root, shifted: see --root-from, --shifted."""
+        watched = x
+        if n := round(shifted * len(x)):
+            by = torch.randint(self.patch, (2,)).tolist()
+            watched = torch.cat([x[:n].roll(by, (2, 3)), x[n:]])
+        z = self.features(watched)                                       # (B, T-1, code_dim)
         e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
         seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
         error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
@@ -339,7 +350,7 @@ def main(argv=None):
     for step in run.steps():
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):
-            loss, _, watch = net(x, step >= args.root_from * args.steps)
+            loss, _, watch = net(x, step >= args.root_from * args.steps, args.shifted)
         run.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
