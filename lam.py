@@ -23,7 +23,7 @@ Where it departs from the paper (each measured in the README's lab notes):
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
-  dark levels and light: "up" here is "down" there. Neither loses by it; a player does, and every second seed was of that kind.
+  dark levels and light: "up" here is "down" there. Neither loses by it; a player does, and two seeds of five were of that kind.
   Against the first, half of the clips are shown to the encoder shifted, by up to a patch (`--shifted`), and to the decoder as they
   are. Against the second, the encoder reads squares of linear filters over two frames, as the motion energy model of human vision
   does (Adelson & Bergen 1985): a filter that moves along with an edge answers alike to a bright one and to a dark one;

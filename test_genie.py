@@ -180,6 +180,28 @@ def test_nothing_happened_is_the_same_whatever_happened_before():
     assert len(small_lam(past=1).encode(x)[:, 2].unique()) == 1
 
 
+@torch.no_grad()
+def test_a_negative_is_read_like_the_picture():
+    """Or a code could mean one thing in the light and another in the dark."""
+    m, x = small_lam(), torch.rand(2, 4, 32, 32, 3)
+    assert torch.allclose(m.features(1 - x), m.features(x), atol=1e-5)
+    assert not torch.allclose(m.features(x.flip(1)), m.features(x), atol=1e-2), "but its motion is not that of the film run backwards"
+
+
+def test_the_encoder_sees_half_of_the_clips_shifted_and_the_decoder_none(monkeypatch):
+    m, x, seen = small_lam(), torch.rand(4, 3, 32, 32, 3), {}
+    features, predict, ways = m.features, m.predict, set()
+    monkeypatch.setattr(m, "features", lambda x: features(seen.setdefault("encoder", x)))
+    monkeypatch.setattr(m, "predict", lambda x, e: predict(seen.setdefault("decoder", x), e))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        seen.clear()
+        m(x, shifted=0.5)
+        assert torch.equal(seen["decoder"], x[:, :-1]) and torch.equal(seen["encoder"][2:], x[2:])
+        ways |= {(i, j) for i in range(8) for j in range(8) if torch.equal(seen["encoder"][:2], x[:2].roll((i, j), (2, 3)))}
+    assert len(ways) > 4, "by up to a patch of 8 pixels, now this way, now that"
+
+
 def test_the_error_of_the_lam_leaves_out_the_border(monkeypatch):
     """What scrolls in at the edges is nobody's action: however wrong it is drawn, the loss stays; an error elsewhere counts."""
     m, x = small_lam(), torch.rand(2, 4, 32, 32, 3)
