@@ -19,7 +19,7 @@ Where it departs from the paper (each measured in the README's lab notes):
   leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
   unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
 - a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
-  nearly the same thing over and over. It draws the next frame better in fewer minutes; whether codes are pure is the luck of the seed;
+  nearly the same thing over and over. It draws the next frame better, in fewer minutes;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
