@@ -40,8 +40,8 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (500,  10000, 30000, 200000, "training steps"),
-    batch=      (  8,      4,    32,     36, "clips in a step"),
+    steps=      (500,  10000,  2500, 200000, "training steps"),
+    batch=      (  8,      4,    20,     36, "clips in a step"),
     frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
     dim=        ( 64,    128,   768,    512, "width D"),
     layers=     (  2,      2,    12,     12, "ST blocks"),
@@ -50,8 +50,8 @@ KNOBS = dict(
     canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
     masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams (one pass a frame more in play)"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
-    lr=         (3e-3,  8e-3,  1e-4,   3e-5, "peak learning rate"),
-    warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
+    lr=         (3e-3,  8e-3,  1e-3,   3e-5, "peak learning rate"),
+    warmup=     ( 10,    100,   200,   5000, "steps of linear warm-up"),
     maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
     temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
     order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
@@ -588,6 +588,8 @@ def main(argv=None):
         starts = clips.draw(args.batch // args.world)
         z, a = clips_of(tokens, actions, starts, args.frames)
         if beside:
+            if step == int(beside.args.restart * beside.args.steps):
+                lam_stage.restart(lam, clips, args)
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)
         with autocast(args):

@@ -20,6 +20,8 @@ Where it departs from the paper (each measured in the README's lab notes):
   unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
 - a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
   nearly the same thing over and over. It draws the next frame better, in fewer minutes;
+- k-means is tried once more, from other beginnings, when the encoder has learned what to look at (`--restart`): it ends in the
+  valley that it began in, and with one seed of five "left and jump" had no code of its own for want of another beginning;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
@@ -56,13 +58,13 @@ FLAWS = ("none",
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (300,   1800, 20000, 200000, "training steps"),
-    batch=      ( 48,     48,   480,     36, "clips in a step"),
+    steps=      (300,   1800,  1200, 200000, "training steps"),
+    batch=      ( 48,     48,    96,     36, "clips in a step"),
     frames=     (  2,      2,     2,     16, "frames in a clip: --past 1 needs but two, and more clips teach more than longer ones"),
     patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
-    dim=        ( 64,    128,   512,    512, "width D"),
-    layers=     (  1,      2,     8,      8, "ST blocks of the encoder, and of the decoder"),
-    heads=      (  2,      2,     8,      8, "attention heads"),
+    dim=        ( 64,    128,   256,    512, "width D"),
+    layers=     (  1,      2,     4,      8, "ST blocks of the encoder, and of the decoder"),
+    heads=      (  2,      2,     4,      8, "attention heads"),
     codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
     beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
@@ -71,9 +73,10 @@ KNOBS = dict(
     past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
     shifted=    (0.5,    0.5,   0.5,    0.0, "share of the clips that the encoder sees shifted against the grid of patches (the paper: 0)"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
+    restart=    (1.0,    0.4,   1.0,    1.0, "share of the steps after which k-means is tried from other beginnings (1: never; the paper's)"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
-    lr=         (3e-3,  4e-3,  1e-4,   3e-5, "peak learning rate"),
-    warmup=     ( 10,    100,  1000,   5000, "steps of linear warm-up"),
+    lr=         (3e-3,  4e-3,  1e-3,   3e-5, "peak learning rate"),
+    warmup=     ( 10,    100,   100,   5000, "steps of linear warm-up"),
     scored=     (192,    768,   768,    256, "held-out clips in the scores"),
 )
 MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "border", "spread", "past", "flaw")
@@ -329,6 +332,16 @@ def begin(args):
     return clips, dict(height=height, width=width) | {k: getattr(args, k) for k in MODEL}
 
 
+def restart(lam, clips, args, batches=100):
+    """Look at the codebook with what has been learned so far (VectorQuantizer.restart), on clips spread over the data. In batches like
+    those of training, gradient or not: so nothing is compiled anew."""
+    parts = clips.spread(batches * args.batch // args.world).reshape(batches, -1)
+    with autocast(args):
+        z = torch.cat([lam.features(clips.at(part)).detach().flatten(0, 1) for part in parts])         # (M, code_dim)
+    mine, best = lam.vq.restart(z)
+    tqdm.write(f"k-means of {len(z)} transitions: {mine:.3f} from the codebook as it is, {best:.3f} from the best of other beginnings")
+
+
 def main(argv=None):
     p = parser(__doc__, KNOBS, flaw=FLAWS)
     p.add_argument("--oracle", action="store_true", help="score only: the same encoder trained with the true buttons, the ceiling of action_accuracy")
@@ -348,6 +361,8 @@ def main(argv=None):
     net = parallel(model, args)
 
     for step in run.steps():
+        if step == int(args.restart * args.steps):
+            restart(model, clips, args)
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):
             loss, _, watch = net(x, step >= args.root_from * args.steps, args.shifted)

@@ -88,8 +88,9 @@ def rotate(x, cos, sin):
 def attention_by_hand(q, k, v, mask=None):
     """softmax(q k^T / sqrt(dh)) v, as it is written in every paper. mask (Tq, Tk): True where q may look at k.
 
-    torch's scaled_dot_product_attention is the same mathematics without ever storing the weights: right for a GPU. On a CPU,
-    for our many short sequences, this one is twice as fast once torch.compile has fused it. A test holds the two together.
+    torch's scaled_dot_product_attention is the same mathematics without ever storing the weights: right for a GPU, and for long
+    sequences. Ours are many and short: on a CPU, and for time on a GPU, this one is faster once torch.compile has fused it. A test
+    holds the two together.
     """
     weight = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))                     # (..., Tq, Tk)
     if mask is not None:
@@ -118,7 +119,8 @@ class Attention(nn.Module):
             past_k, past_v, slot = past
             k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window, dh)
             v = past_v.index_copy_(2, slot, v.to(past_v.dtype))
-        by_hand = q.device.type == "cpu" and torch.compiler.is_compiling()
+        # torch's kernels for a GPU compute tiles of 64 places or more: of 16 frames they would waste three quarters
+        by_hand = torch.compiler.is_compiling() and (q.device.type == "cpu" or turn is not None)
         attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
         x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
@@ -179,6 +181,8 @@ class STTransformer(nn.Module):
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):              # what passes from block to block as well: half to move
+            x = x.bfloat16()
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
@@ -298,6 +302,33 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
 
 
+    @torch.no_grad()
+    def restart(self, z, tries=16, rounds=30, better=0.97):
+        """Online k-means ends in the valley that it began in: two codes may share one thing, and one stand for two. So k-means on vectors
+        z (M, dim) from `tries` new beginnings, each spread out as k-means++ does (Arthur & Vassilvitskii 2007). The codebook moves to
+        where the best of them ends, if the mean squared distance of z to it is clearly lower there than where it would end itself.
+        Returns both distances. Draws no number from torch's generator: where nothing moves, training goes on as without."""
+        z, K, ends = self.norm(z.float()), len(self.codebook), []
+        luck = torch.Generator(z.device).manual_seed(0)
+        for t in range(tries + 1):
+            e = self.codebook if t == 0 else z[torch.randint(len(z), (1,), generator=luck, device=z.device)]
+            while len(e) < K:                                                    # one more, likely far from all so far
+                far = torch.cdist(z, e).amin(1).square()
+                e = torch.cat([e, z[torch.multinomial(far, 1, generator=luck)]])
+            for _ in range(rounds):
+                index = torch.cdist(z, e).argmin(1)
+                n = counts(index, K)                                             # (K,)
+                mean = torch.zeros_like(e).index_add_(0, index, z) / n[:, None].clamp(min=1)
+                e = torch.where(n[:, None] > 0, mean, e)
+            ends.append((torch.cdist(z, e).amin(1).square().mean().item(), e, n))
+        (mine, *_), (best, e, n) = ends[0], min(ends[1:], key=lambda end: end[0])
+        if best < better * mine:
+            self.mean_count.copy_(n / len(z) * self.mean_count.sum())
+            self.mean_sum.copy_(e * self.mean_count[:, None])
+            self.codebook.copy_(e)
+        return mine, best
+
+
 def counts(index, K):
     """How often each of K codes occurs in index (...): (K,) floats. (torch.bincount would make a GPU wait.)"""
     return torch.zeros(K, device=index.device).index_add_(0, index.flatten(), torch.ones(index.numel(), device=index.device))
@@ -339,7 +370,7 @@ def parser(doc, knobs, **choices):
                    help="torch.compile (auto: on, if there is a GPU or a C++ compiler, but not at size test)")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
                    help="save memory, not time: of each block keep the input only, compute it again in the backward pass "
-                        "(auto: on at sizes gpu and coinrun; gpu then fits in 16 GB; off is faster)")
+                        "(auto: on at size coinrun alone)")
     group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
         kind = type(values[1])
@@ -356,6 +387,8 @@ def find_device(name):
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:         # torchrun: a GPU for each process
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")                   # products that are not in bf16: in TF32, 3 decimal digits
         return device
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
@@ -490,7 +523,7 @@ def prepare_blocks(model, args):
         if isinstance(module, STBlock) and args.compile == "on":
             module.compile(fullgraph=True, dynamic=False)
         elif isinstance(module, STTransformer):
-            module.recompute = args.recompute == "on" or args.recompute == "auto" and args.size in ("gpu", "coinrun")
+            module.recompute = args.recompute == "on" or args.recompute == "auto" and args.size == "coinrun"
 
 
 def parallel(model, args):
@@ -624,13 +657,14 @@ class Run:
         for hook in hooks:
             hook.remove()
         peak, counter, forward = memory(args.device), FlopCounterMode(display=False), []
+        self.model.register_forward_pre_hook(lambda _, inputs: tuple(v[:1] if torch.is_tensor(v) else v for v in inputs))    # of one clip
         self.model.register_forward_hook(lambda *_: forward.append(counter.get_total_flops()))   # what is computed again is no progress
         counted = sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else contextlib.nullcontext()
         with torch.compiler.set_stance("force_eager"), counted, counter:         # it sees through torch's operations only
             yield step
         self.bar.close()
         phases = [sorted(column)[timed // 2] for column in zip(*rows[warm:])]
-        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], 3 * forward[0]         # by custom: backward costs twice as much
+        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], 3 * args.batch // args.world * forward[0]      # by custom: backward costs twice as much
         with autocast(args):
             dtype = torch.get_autocast_dtype(args.device.type) if torch.is_autocast_enabled(args.device.type) else torch.float32
         if args.rank > 0:

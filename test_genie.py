@@ -146,6 +146,26 @@ def test_codebook_learns_and_dead_codes_revive_as_no_copy():
     assert distance.min() > 1e-3, "a code was revived as an exact copy"
 
 
+def test_kmeans_restarts_out_of_a_bad_valley_and_only_then():
+    """Four heaps, four codes: two share one heap, and one lies between two. That is an end, too, for k-means, but not the best."""
+    torch.manual_seed(0)
+    heaps = torch.tensor([[3.0, 0], [0, 3], [-3, 0], [0, -3]])
+    z = F.rms_norm(heaps.repeat_interleave(100, 0) + 0.1 * torch.randn(400, 2), (2,))
+    vq = st.VectorQuantizer(4, 2).train()
+    shared = F.rms_norm(torch.tensor([[3.0, 0.1], [3, -0.1], [-3, 3], [0, -3]]), (2,))
+    for tensor, value in ((vq.codebook, shared), (vq.mean_sum, shared * 10), (vq.mean_count, torch.full((4,), 10.0))):
+        tensor.copy_(value)
+    luck = torch.get_rng_state()
+    mine, best = vq.restart(z)
+    assert best < 0.2 * mine
+    assert sorted(vq.nearest(F.rms_norm(heaps, (2,))).tolist()) == [0, 1, 2, 3], "a code for every heap"
+    assert torch.allclose(vq.mean_sum / vq.mean_count[:, None], vq.codebook, atol=1e-5) and vq.mean_count.sum() == 40
+    good = vq.codebook.clone()
+    vq.restart(z)
+    assert torch.equal(vq.codebook, good), "nothing is better: it stays, to the bit"
+    assert torch.equal(luck, torch.get_rng_state())
+
+
 # ------------------------------------------------------------------------------------------------ time runs one way
 
 @torch.no_grad()
@@ -849,7 +869,7 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
     def command(folder, *more):
         return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
-                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more] + ["--root-from", "0.3"] * (stage == "lam")
+                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more] + ["--root-from", "0.3", "--restart", "0.6"] * (stage == "lam")
     assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
     process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     seen = ""
@@ -982,8 +1002,8 @@ def test_size_gpu_trains_within_16_gb(stage):
         with tracker:
             for step in range(2):                               # from the second on, AdamW's moments are there as well
                 with torch.autocast("cpu", torch.bfloat16):
-                    batch = (torch.zeros(B, T, 256, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1)
-                    loss = model(*batch) if stage is dyn else model(torch.zeros(B, T, 64, 64, 3))[0]
+                    clips = (torch.zeros(B, T, model.N, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1) if stage is dyn else (torch.zeros(B, T, 64, 64, 3),)
+                    loss = model(*clips) if stage is dyn else model(*clips)[0]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -991,7 +1011,7 @@ def test_size_gpu_trains_within_16_gb(stage):
                     tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     print(f"{stage.__name__}, size gpu, {B} clips: {peak['Total'] / 1e9:.1f} GB")
-    assert 3e9 < peak["Total"] < 16e9, "weights, moments, gradients and all; less than 3 GB: the ruler is broken"
+    assert 16 * sum(p.numel() for p in model.parameters()) < peak["Total"] < 16e9, "weights, gradients, two moments, 4 bytes each, and what is kept for the backward pass"
 
 
 def large(stage, size):
@@ -999,7 +1019,8 @@ def large(stage, size):
     knobs = {k: v[st.SIZES.index(size)] for k, v in stage.KNOBS.items()}
     model = {k: knobs[k] for k in stage.MODEL}
     if stage is dyn:
-        return dyn.Dynamics(rows=16, columns=16, codes=1024, pixels=48, buttons=8, code_dim=32, window=16, **model)
+        patch = tok.KNOBS["patch"][st.SIZES.index(size)]
+        return dyn.Dynamics(rows=64 // patch, columns=64 // patch, codes=1024, pixels=3 * patch ** 2, buttons=8, code_dim=32, window=16, **model)
     return stage.build(height=64, width=64, **model | (dict(window=16) if stage is tok else {}))
 
 
@@ -1010,7 +1031,7 @@ def test_large_sizes_build(stage, size):
     with torch.device("meta"):
         m = large(stage, size)
     millions = sum(p.numel() for p in m.parameters()) / 1e6
-    assert 40 < millions < 200, millions
+    assert (40 if size == "coinrun" or stage is dyn else 5) < millions < 200, millions
 
 
 def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypatch):
@@ -1303,3 +1324,59 @@ def test_bench_counts_the_arithmetic_of_a_step(platformer, tmp_path):
     block = 2 * (3 * D * D + D * D) + 2 * 4 * D * D + 2 * N * D + 2 * T * D                      # two attentions, feed-forward
     forward = 2 * M * (2 * k["layers"] * block + 2 * 3 * 64 * D + 2 * D * E)                     # pixels and codes, in and out
     assert row["gflop_per_step"] == pytest.approx(3 * (forward + 2 * M * E * k["codes"]) / 1e9, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("stage", [tok, lam_stage, dyn])
+def test_gpu_step_compiled_in_bf16_is_the_eager_one_in_fp32(stage):
+    """Loss to a few parts in a hundred, and gradients that point the same way."""
+    device = torch.device("cuda")
+    x = dict(z=torch.randint(24, (4, 4, 16)), a=torch.randint(8, (4, 3)), noise=0.1) if stage is dyn else dict(x=torch.rand(4, 4, 32, 32, 3))
+    x = {k: v.to(device) if torch.is_tensor(v) else v for k, v in x.items()}
+    found = []
+    for how in ("off", "on"):
+        torch._dynamo.reset()
+        m = (small_dynamics() if stage is dyn else small_lam() if stage is lam_stage else small_tokenizer()).to(device)
+        args = SimpleNamespace(compile=how, recompute="off", size="gpu", device=device)
+        st.prepare_blocks(m, args)
+        torch.manual_seed(0)
+        with st.autocast(args) if how == "on" else torch.autocast("cuda", enabled=False):
+            loss = m(**x) if stage is dyn else m(**x)[0]
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])))
+    (slow, g), (fast, h) = found
+    assert fast == pytest.approx(slow, rel=0.03)
+    assert F.cosine_similarity(g, h, 0) > 0.97
+
+
+@torch.inference_mode()
+def one_step(device, compile):
+    """The shipped world: from one frame, the frame after each code, and a few more under code 0: (codes + 20, H, W, C)."""
+    args = SimpleNamespace(device=torch.device(device), compile=compile)
+    game = play.Game(play.load(play.ASSETS, args.device), args, steps=1, temperature=0.0)
+    true = data.Platformer(500_000)
+    game.reset(torch.from_numpy(true.frame()).float() / 255)
+    return torch.from_numpy(np.concatenate([game.every_button(), [game.press(0) for _ in range(20)]]))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_gpu_plays_what_the_cpu_plays(compile):
+    """In one pass a frame, the likeliest token everywhere: no luck in it. The first frames, before rounding can add up; later ones
+    prove that a graph, captured once, goes on writing where the cache is."""
+    torch._dynamo.reset()
+    cpu, gpu = one_step("cpu", "off"), one_step("cuda", compile)
+    assert data.psnr(cpu, gpu)[:10].min() > 40, data.psnr(cpu, gpu)
+    assert data.psnr(cpu, gpu).median() > 30, data.psnr(cpu, gpu)
+
+
+@on_a_gpu
+def test_gpu_holds_the_data_and_cuts_the_same_clips(platformer):
+    there, here = (data.Clips(platformer / "data/platformer", "train", 5, device) for device in ("cuda", "cpu"))
+    assert there.frames.device.type == "cuda"
+    assert torch.allclose(there.at([3, 40]).cpu(), here.at([3, 40]), atol=1e-6)

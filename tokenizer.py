@@ -21,18 +21,18 @@ from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
-    steps=      (350,    700, 20000, 300000, "training steps"),
-    batch=      (  8,     16,    40,     48, "clips in a step"),
+    steps=      (350,    700,  2000, 300000, "training steps"),
+    batch=      (  8,     16,    32,     48, "clips in a step"),
     frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
-    patch=      (  8,      8,     4,      4, "pixels along a patch's side"),
+    patch=      (  8,      8,     8,      4, "pixels along a patch's side"),
     dim=        ( 64,    128,   512,    512, "width D"),
-    layers=     (  1,      1,     8,      8, "ST blocks of the encoder, and of the decoder"),
+    layers=     (  1,      1,     4,      8, "ST blocks of the encoder, and of the decoder"),
     heads=      (  2,      2,     8,      8, "attention heads"),
     codes=      (256,   1024,  1024,   1024, "size of the codebook K"),
     code_dim=   (  8,     32,    32,     32, "dimensions of a code"),
     beta=       (0.25,  0.25,  0.25,   0.25, "weight of the commitment loss"),
-    lr=         (3e-3,  2e-3,  3e-4,   3e-4, "peak learning rate"),
-    warmup=     ( 10,    100,  1000,  10000, "steps of linear warm-up"),
+    lr=         (3e-3,  2e-3,  1e-3,   3e-4, "peak learning rate"),
+    warmup=     ( 10,    100,   200,  10000, "steps of linear warm-up"),
     scored=     ( 32,     64,   256,    256, "held-out clips in the scores"),
 )
 MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")    # the knobs that a checkpoint must carry
