@@ -52,6 +52,17 @@ def small_dynamics(action="add", canvas="last", masking="paper", seed=0, window=
     return m
 
 
+def small(stage):
+    return {tok: small_tokenizer, lam_stage: small_lam, dyn: small_dynamics}[stage]()
+
+
+def lesson(stage, B):
+    """Clips to train `small(stage)` on: its keyword arguments."""
+    if stage is dyn:
+        return dict(z=torch.randint(24, (B, 4, 16)), a=torch.randint(8, (B, 3)), noise=0.1)
+    return dict(x=torch.rand(B, 4, 32, 32, 3))
+
+
 def changed(a, b, dim):
     """For each index along `dim`: does a differ from b there?"""
     return [not torch.equal(x, y) for x, y in zip(a.unbind(dim), b.unbind(dim))]
@@ -891,8 +902,10 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
 
 def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
     """The dynamics' backward pass leaves the LAM's gradients alone, and whatever the dynamics learns, the LAM beside it comes out
-    the same to the bit. The dynamics names and uses that LAM, and an interrupted pair goes on together."""
-    lams, kept, lam_step, log = [], [], dyn.lam_step, st.Run.log
+    the same to the bit, its k-means tried anew half-way. The dynamics names and uses that LAM, and an interrupted pair goes on together."""
+    lams, kept, lam_step, log, restart, restarted = [], [], dyn.lam_step, st.Run.log, lam_stage.restart, []
+    monkeypatch.setitem(lam_stage.KNOBS, "restart", (0.5, *lam_stage.KNOBS["restart"][1:]))
+    monkeypatch.setattr(lam_stage, "restart", lambda *x: restarted.append(1) or restart(*x))
 
     def step_and_keep(run, *rest):
         a = lam_step(run, *rest)
@@ -917,7 +930,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
         about = json.loads((tmp_path / lr / "lam.json").read_text())
         assert about["steps"] == 8 and about["seconds"] > 0
         lams.append(lam)
-    assert len(kept) > 10
+    assert len(kept) > 10 and len(restarted) == 2
     assert lam.to_pixels.weight.any(), "it began at zero: the LAM has learned"
     assert st.fingerprint(lams[0]) == st.fingerprint(lams[1])
     steps, stopped = st.Run.steps, []
@@ -969,10 +982,9 @@ def test_a_perfect_lam_is_scored_as_one(platformer, monkeypatch):
 @pytest.mark.parametrize("stage", [tok, lam_stage, dyn])
 def test_recomputed_blocks_give_the_same_gradients_with_less_memory(stage):
     """And memory is what the tensors kept for the backward pass weigh."""
-    x = dict(z=torch.randint(24, (2, 4, 16)), a=torch.randint(8, (2, 3)), noise=0.1) if stage is dyn else dict(x=torch.rand(2, 4, 32, 32, 3))
-    grads, kept = [], []
+    x, grads, kept = lesson(stage, 2), [], []
     for how in ("off", "on"):
-        m = (small_dynamics() if stage is dyn else small_lam() if stage is lam_stage else small_tokenizer()).train()
+        m = small(stage).train()
         st.prepare_blocks(m, SimpleNamespace(compile="off", recompute=how, size="gpu"))
         torch.manual_seed(0)
         sizes = {}
@@ -1002,8 +1014,10 @@ def test_size_gpu_trains_within_16_gb(stage):
         with tracker:
             for step in range(2):                               # from the second on, AdamW's moments are there as well
                 with torch.autocast("cpu", torch.bfloat16):
-                    clips = (torch.zeros(B, T, model.N, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1) if stage is dyn else (torch.zeros(B, T, 64, 64, 3),)
-                    loss = model(*clips) if stage is dyn else model(*clips)[0]
+                    if stage is dyn:
+                        loss = model(torch.zeros(B, T, model.N, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1)
+                    else:
+                        loss = model(torch.zeros(B, T, 64, 64, 3))[0]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1011,7 +1025,8 @@ def test_size_gpu_trains_within_16_gb(stage):
                     tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     print(f"{stage.__name__}, size gpu, {B} clips: {peak['Total'] / 1e9:.1f} GB")
-    assert 16 * sum(p.numel() for p in model.parameters()) < peak["Total"] < 16e9, "weights, gradients, two moments, 4 bytes each, and what is kept for the backward pass"
+    learned = 16 * sum(p.numel() for p in model.parameters())   # weights, gradients and two moments, 4 bytes each
+    assert 6 * learned < peak["Total"] < 16e9, "what is kept for the backward pass weighs far more than these; less: the ruler is broken"
 
 
 def large(stage, size):
@@ -1024,14 +1039,14 @@ def large(stage, size):
     return stage.build(height=64, width=64, **model | (dict(window=16) if stage is tok else {}))
 
 
-@pytest.mark.parametrize("size", ["gpu", "coinrun"])
-@pytest.mark.parametrize("stage", [tok, lam_stage, dyn])
-def test_large_sizes_build(stage, size):
-    """On the meta device: the architecture and its parameter count, without the memory."""
+@pytest.mark.parametrize("stage, size, expected", [(tok, "gpu", 33.9), (lam_stage, "gpu", 7.1), (dyn, "gpu", 121.1),
+                                                   (tok, "coinrun", 67.5), (lam_stage, "coinrun", 70.0), (dyn, "coinrun", 51.7)])
+def test_large_sizes_build(stage, size, expected):
+    """On the meta device: the architecture and its parameter count, in millions, without the memory."""
     with torch.device("meta"):
         m = large(stage, size)
     millions = sum(p.numel() for p in m.parameters()) / 1e6
-    assert (40 if size == "coinrun" or stage is dyn else 5) < millions < 200, millions
+    assert millions == pytest.approx(expected, abs=0.05)
 
 
 def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypatch):
@@ -1336,12 +1351,11 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_step_compiled_in_bf16_is_the_eager_one_in_fp32(stage):
     """Loss to a few parts in a hundred, and gradients that point the same way."""
     device = torch.device("cuda")
-    x = dict(z=torch.randint(24, (4, 4, 16)), a=torch.randint(8, (4, 3)), noise=0.1) if stage is dyn else dict(x=torch.rand(4, 4, 32, 32, 3))
-    x = {k: v.to(device) if torch.is_tensor(v) else v for k, v in x.items()}
+    x = {k: v.to(device) if torch.is_tensor(v) else v for k, v in lesson(stage, 4).items()}
     found = []
     for how in ("off", "on"):
         torch._dynamo.reset()
-        m = (small_dynamics() if stage is dyn else small_lam() if stage is lam_stage else small_tokenizer()).to(device)
+        m = small(stage).to(device)
         args = SimpleNamespace(compile=how, recompute="off", size="gpu", device=device)
         st.prepare_blocks(m, args)
         torch.manual_seed(0)
@@ -1355,8 +1369,8 @@ def test_gpu_step_compiled_in_bf16_is_the_eager_one_in_fp32(stage):
 
 
 @torch.inference_mode()
-def one_step(device, compile):
-    """The shipped world: from one frame, the frame after each code, and a few more under code 0: (codes + 20, H, W, C)."""
+def some_play(device, compile):
+    """The shipped world: from one frame, the frame after each code, and then 20 under code 0: (codes + 20, H, W, C)."""
     args = SimpleNamespace(device=torch.device(device), compile=compile)
     game = play.Game(play.load(play.ASSETS, args.device), args, steps=1, temperature=0.0)
     true = data.Platformer(500_000)
@@ -1370,9 +1384,8 @@ def test_gpu_plays_what_the_cpu_plays(compile):
     """In one pass a frame, the likeliest token everywhere: no luck in it. The first frames, before rounding can add up; later ones
     prove that a graph, captured once, goes on writing where the cache is."""
     torch._dynamo.reset()
-    cpu, gpu = one_step("cpu", "off"), one_step("cuda", compile)
-    assert data.psnr(cpu, gpu)[:10].min() > 40, data.psnr(cpu, gpu)
-    assert data.psnr(cpu, gpu).median() > 30, data.psnr(cpu, gpu)
+    alike = data.psnr(some_play("cpu", "off"), some_play("cuda", compile))
+    assert alike[:10].min() > 40 and alike.median() > 30, alike
 
 
 @on_a_gpu
