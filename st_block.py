@@ -181,8 +181,8 @@ class STTransformer(nn.Module):
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):              # what passes from block to block as well: half to move
-            x = x.bfloat16()
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.bfloat16()                # the residual stream as well: at these widths a GPU waits for its memory, and this is half of it
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
@@ -301,7 +301,6 @@ class VectorQuantizer(nn.Module):
         used = self.mean_count[:, None] > 1e-6                                   # without revival, some are not
         self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
 
-
     @torch.no_grad()
     def restart(self, z, tries=16, rounds=30, better=0.97):
         """Online k-means ends in the valley that it began in: two codes may share one thing, and one stand for two. So k-means on vectors
@@ -381,14 +380,15 @@ def parser(doc, knobs, **choices):
 
 
 def find_device(name):
-    """The torch.device of --device; without one, the GPU if there is one."""
+    """The torch.device of --device; without one, the GPU if there is one. On a GPU, products of fp32 matrices are done in TF32 from
+    here on: 3 decimal digits instead of 7."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:         # torchrun: a GPU for each process
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
         if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")                   # products that are not in bf16: in TF32, 3 decimal digits
+            torch.set_float32_matmul_precision("high")
         return device
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
@@ -507,7 +507,8 @@ def make_optimizer(model, lr):
 
 def autocast(args):
     """bf16 for the matrix products: on CUDA, and in compiled blocks on a CPU that multiplies in bf16 (AMX tiles, AVX-512 BF16):
-    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else. Weights, norms, losses and the quantizer stay in fp32."""
+    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else. Weights, norms, losses and the quantizer stay in fp32 (on a GPU
+    its distances are products in TF32: see find_device)."""
     able = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda" or args.compile == "on" and able)
 
