@@ -13,6 +13,7 @@ A data set is a folder:
 Genie's data were 16-frame clips at 10 frames/s of platformer videos (section 3). So are these, at 64x64.
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from st_block import stop, write_atomically
+from st_block import command, save_picture, stop, write_atomically
 
 # ------------------------------------------------------------------------------------------------ the built-in game
 
@@ -363,14 +364,15 @@ class Clips:
     def __init__(self, root, split, T, device="cpu"):
         root, self.T, self.device = Path(root), T, torch.device(device)
         self.path = root / f"{split}.u8"
-        again = f"make it again, as it was made, with: python data.py --name {root.name} --overwrite"
+        again = "make it again by the command that made it, and --overwrite"
         try:
             self.meta = json.loads((root / "meta.json").read_text())
             shape, lengths = self.meta["frame"], self.meta["episodes"][split]
             frames = np.memmap(self.path, np.uint8, "r")
             self.frames = frames.reshape(-1, *shape)                             # (F, H, W, C)
+            self.hash = hashlib.sha256(self.frames[:100].tobytes()).hexdigest()[:8]
         except OSError:
-            stop(f"{root} is no data set; make one with: python data.py" + (" --name " + root.name if root.name != "platformer" else ""))
+            stop(f"{root} is no data set; make one with: python data.py" + (f" --videos FOLDER --name {root.name}" if root.name != "platformer" else ""))
         except (ValueError, KeyError) as e:
             stop(f"{root} is damaged ({e}); {again}")
         if len(self.frames) != sum(lengths):
@@ -385,8 +387,8 @@ class Clips:
 
     @property
     def name(self):
-        """Identifies the data in checkpoints."""
-        return f"{self.meta['source']}, {len(self.frames)} frames"
+        """Identifies the data in checkpoints: where they came from, how many they are, and how they begin."""
+        return f"{self.meta['source']}, {len(self.frames)} frames, {self.hash}"
 
     def at(self, starts):
         """The clips (B, T, H, W, C), float in [0, 1], that begin at these frames."""
@@ -409,8 +411,8 @@ class Clips:
         return np.concatenate([np.append(np.arange(first, end - self.T, self.T - 1), end - self.T) for first, end in self.episodes])
 
     def spread(self, n):
-        """The starts of n clips spread evenly over the split: the same for every model that is scored."""
-        return self.starts[np.linspace(0, len(self.starts) - 1, n).astype(int)]
+        """The starts of n clips (of all, if there are fewer) spread evenly over the split: the same for every model that is scored."""
+        return self.starts[np.unique(np.linspace(0, len(self.starts) - 1, n).astype(int))]
 
 
 def true_actions(root, split):
@@ -449,10 +451,7 @@ def contact_sheet(root, path):
     for split in ("train", "valid"):
         clips = Clips(root, split, 16)
         rows += [torch.cat(list(clip[::2]), 1) for clip in clips.at(clips.spread(4))]
-    sheet = (torch.cat(rows, 0) * 255).byte().numpy().repeat(2, 0).repeat(2, 1)
-    import imageio.v2 as imageio
-    write_atomically(path, lambda f: imageio.imwrite(f, sheet, format="png"))
-    print(f"{path}: four training clips, four held-out clips, every other frame")
+    save_picture(path, torch.cat(rows), "four training clips, four held-out clips, every other frame")
 
 
 def main(argv=None):
@@ -469,7 +468,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if min(args.seed, args.fps - 1, args.frame_size - 8) < 0:
         stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")
-    name = args.name or (args.videos.resolve().stem if args.videos else "platformer")
+    videos = args.videos and args.videos.resolve()
+    name = args.name or (videos and (videos.stem if videos.is_file() else videos.name)) or "platformer"
     if Path(name).name != name or name in ("", ".", ".."):
         stop(f"--name {name!r} cannot be the name of a folder; choose a plain word")
     root = Path("data") / name
@@ -484,4 +484,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

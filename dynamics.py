@@ -31,7 +31,7 @@ from tqdm import tqdm
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
-from st_block import (Neighbours, Run, STTransformer, autocast, fingerprint, load_model, make_optimizer, parallel,
+from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model, make_optimizer, parallel,
                       parser, patchify, perplexity, prepare_blocks, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
 
 FLAWS = ("none",
@@ -262,7 +262,8 @@ class World:
         self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
         self.cache = dynamics.transformer.new_cache(B)
         e = F.normalize(dynamics.buttons, dim=-1, eps=1.0)               # "nothing" is next to 0: it points nowhere
-        self.alike, self.floor = 2 * e @ e.T, dynamics.prior.came[:, round(1000 * least)]    # (buttons, buttons), (buttons,)
+        self.alike = 2 * e @ e.T                                         # (buttons, buttons): 2 cos(a, b), see `possible`
+        self.floor = dynamics.prior.came[:, round(1000 * least)]         # (buttons,)
 
     def see(self, z, e, canvas):
         """One pass of a frame z (B, 1, N), with holes or without: its features (B, 1, N, D)."""
@@ -374,8 +375,8 @@ def evaluate(dynamics, args, tokenizer, lam):
     x = valid.at(valid.spread(args.scored))
     inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
     delta = inferred - random
-    a = torch.cat([lam.encode(part) for part in x.split(32)])            # (clips, 4)
-    surprise = dynamics.surprise(torch.cat([tokenizer.encode(part) for part in x.split(32)]), a)
+    a = lam_stage.actions_of(lam, x)                                     # (clips, 4)
+    surprise = dynamics.surprise(tokenizer_stage.tokens_of(tokenizer, x), a)
     scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
                   psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), maskgit=args.maskgit, temperature=args.temperature,
                   order=args.order, code_surprise=surprise.item(), code_entropy=perplexity(a, len(dynamics.buttons)).log().item())
@@ -397,21 +398,21 @@ def curve(dynamics, tokenizer, lam, args):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    clips = min(32, args.scored)
     frames = min(16, max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) - 1)
     data = Clips(args.data, "valid", frames + 1, args.device)
-    result = delta_psnr(dynamics, tokenizer, lam, data.at(data.spread(clips)), frames, sampling_of(args)).cpu()   # 3 x (clips, frames)
+    x = data.at(data.spread(min(32, args.scored)))
+    result = delta_psnr(dynamics, tokenizer, lam, x, frames, sampling_of(args)).cpu()        # 3 x (clips, frames)
     figure, ax = plt.subplots(figsize=(6, 3.5))
     for row, label, style in zip(result, ("inferred actions", "random actions", "the prompt, kept"), ("-o", "--o", ":")):
         mean, error = row.mean(0), row.std(0) / len(row) ** 0.5
         ax.plot(range(1, frames + 1), mean, style, label=label, markersize=3)
         ax.fill_between(range(1, frames + 1), mean - error, mean + error, alpha=0.2)
-    ax.set(xlabel="generated frame t", ylabel="PSNR, dB", title=f"the gap is delta_t PSNR ({clips} held-out clips)")
+    ax.set(xlabel="generated frame t", ylabel="PSNR, dB", title=f"the gap is delta_t PSNR ({len(x)} held-out clips)")
     ax.legend()
     save_figure(args.run / "delta_psnr.png", figure, "how control fades with t")
     plt.close(figure)
     rounded = lambda row: [round(v, 2) for v in row.mean(0).tolist()]
-    return dict(psnr_curve=rounded(result[0]), delta_psnr_curve=rounded(result[0] - result[1]), curve_clips=clips)
+    return dict(psnr_curve=rounded(result[0]), delta_psnr_curve=rounded(result[0] - result[1]), curve_clips=len(x))
 
 
 @torch.no_grad()
@@ -449,7 +450,7 @@ def load_upstream(args, stages):
 
 def begin_lam(args):
     """For --cotrain: a LAM and its Run, set up as lam.py would, but to be trained on the clips of the dynamics, for as many steps."""
-    flags = dict(data=args.data, run=args.run, size=args.size, seed=args.seed, device=args.device, steps=args.steps, batch=args.batch)
+    flags = dict(data=args.data, run=args.run, size=args.size, seed=args.seed, device=args.device, steps=args.steps, batch=args.batch, frames=args.frames)
     flags = [word for k, v in flags.items() for word in (f"--{k}", str(v))] + ["--resume"] * args.resume
     args = settle(parser(lam_stage.__doc__, lam_stage.KNOBS, flaw=lam_stage.FLAWS).parse_args(flags), "lam")
     clips, config = lam_stage.begin(args)
@@ -558,7 +559,10 @@ def main(argv=None):
     p.add_argument("--cotrain", action="store_true", help="train a LAM along with it (section 2.1), instead of loading lam.pt")
     args = settle(p.parse_args(argv), "dynamics")
     if args.resume:
-        args.cotrain = read_checkpoint(args.run / "dynamics.pt", "dynamics")["origin"].get("cotrain")
+        begun = read_checkpoint(args.run / "dynamics.pt", "dynamics")["origin"].get("cotrain")
+        if args.cotrain and not begun:
+            stop(f"{args.run}/dynamics.pt was begun without --cotrain; leave it out to resume")
+        args.cotrain = begun
     if args.cotrain and args.bench:
         stop("--bench times one model: leave out --cotrain (lam.py --bench times the other)")
     clips, tokenizer, *lam = load_upstream(args, [tokenizer_stage] if args.cotrain else [tokenizer_stage, lam_stage])
@@ -602,7 +606,7 @@ def main(argv=None):
 
     if beside:
         beside.report(lam_stage.evaluate)
-        if args.rank == 0 and args.prior_steps:
+        if args.rank == 0:
             tokens, actions = encode(clips, tokenizer, lam, args)
     if args.rank == 0:
         learn_prior(model, tokens, actions, clips, args)
@@ -624,4 +628,4 @@ def lam_step(run, net, x, step, args):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

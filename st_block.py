@@ -72,7 +72,7 @@ def rotary(time, dim):
     """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
 
     After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
-    400: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
+    500: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
     angle = time.float()[:, None] * theta                                        # (T, dim/2)
@@ -313,6 +313,7 @@ class VectorQuantizer(nn.Module):
             e = self.codebook if t == 0 else z[torch.randint(len(z), (1,), generator=luck, device=z.device)]
             while len(e) < K:                                                    # one more, likely far from all so far
                 far = torch.cdist(z, e).amin(1).square()
+                far = far if far.sum() > 0 else torch.ones_like(far)             # fewer than K different vectors: any
                 e = torch.cat([e, z[torch.multinomial(far, 1, generator=luck)]])
             for _ in range(rounds):
                 index = torch.cdist(z, e).argmin(1)
@@ -450,6 +451,15 @@ def write_atomically(path, write):
         stop(f"cannot write {path} ({e}); what was there before is untouched")
 
 
+def command(main):
+    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is untouched", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def write_json(path, value):
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
@@ -507,10 +517,14 @@ def make_optimizer(model, lr):
 
 def autocast(args):
     """bf16 for the matrix products: on CUDA, and in compiled blocks on a CPU that multiplies in bf16 (AMX tiles, AVX-512 BF16):
-    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else. Weights, norms, losses and the quantizer stay in fp32 (on a GPU
-    its distances are products in TF32: see find_device)."""
-    able = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda" or args.compile == "on" and able)
+    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else, GPUs older than 2020 included. Weights, norms, losses and the
+    quantizer stay in fp32 (on a GPU its distances are products in TF32: see find_device)."""
+    if args.device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = ("amx_tile", "avx512_bf16")
+        able = args.compile == "on" and any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in units)
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=able)
 
 
 def prepare_blocks(model, args):
@@ -631,11 +645,11 @@ class Run:
             if (step + 1) % 500 == 0:
                 self.save(step + 1)
         self.bar.close()
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
         self.seconds += time.time() - self.began
         self.began = time.time()
         self.save(args.steps)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
 
     def bench(self, warm=5, timed=20):
         """`--bench`: the loop runs, and one JSON line says how fast; nothing is saved. Hooks tell the phases of a step apart."""

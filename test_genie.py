@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,8 @@ def test_kmeans_restarts_out_of_a_bad_valley_and_only_then():
     vq.restart(z)
     assert torch.equal(vq.codebook, good), "nothing is better: it stays, to the bit"
     assert torch.equal(luck, torch.get_rng_state())
+    vq.restart(torch.zeros(400, 2))
+    assert vq.codebook.isfinite().all(), "nor may a video in which nothing moves do any harm"
 
 
 # ------------------------------------------------------------------------------------------------ time runs one way
@@ -289,6 +292,16 @@ def test_lam_training_does_not_leak_the_target():
     x = torch.rand(2, 5, 32, 32, 3)
     m(x)
     assert torch.equal(seen[0], x[:, :-1])
+
+
+@pytest.mark.parametrize("root", (False, True))
+def test_a_batch_in_which_nothing_moves_does_no_harm(root):
+    """The error is measured in units of that of copying the last frame, which is 0 here: a step on this must leave finite weights."""
+    m = small_lam().train()
+    loss, *_ = m(torch.rand(4, 1, 32, 32, 3).expand(-1, 3, -1, -1, -1), root)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+    assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
 
 
 def test_root_of_the_error_cares_for_transitions_in_which_little_happens(monkeypatch):
@@ -695,6 +708,7 @@ def test_clips_never_cross_an_episode(platformer):
     torch.manual_seed(0)
     starts = clips.draw(64)
     assert np.allclose(clips.at(starts)[3, 5].numpy() * 255, clips.frames[starts[3] + 5])
+    assert len(set(clips.spread(100))) == 100 and len(clips.spread(10 ** 5)) == len(clips.starts), "no clip counts twice in a score"
 
 
 def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer, tmp_path):
@@ -1120,6 +1134,26 @@ def test_mismatched_stages_are_one_sentence(world, tmp_path):
     fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another lam")
     (tmp_path / "lam.json").write_text("{half")
     fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "damaged")
+    (tmp_path / "lam.json").unlink()
+    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "lam.json does not exist")
+
+
+def test_other_videos_are_told_from_these_by_their_pixels(platformer, tmp_path):
+    """A checkpoint names its data. The same game, seed and number of frames are not enough: the player's habits may have changed."""
+    shutil.copytree(platformer / "data", tmp_path / "data")
+    path = tmp_path / "data/platformer/train.u8"
+    before = data.Clips(path.parent, "train", 16).name
+    with open(path, "r+b") as f:
+        f.write(b"\xff")
+    assert data.Clips(path.parent, "train", 16).name != before
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        st.command(interrupted)
+    assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_prompts_may_be_any_picture(tmp_path):

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Clips, psnr
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, make_optimizer, parallel,
+from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, command, make_optimizer, parallel,
                       parser, patchify, perplexity, prepare_blocks, save_picture, settle, unpatchify)
 
 KNOBS = dict(
@@ -73,7 +73,7 @@ class Tokenizer(nn.Module):
         """Loss of clips x, and what to watch."""
         e, z, commitment = self.vq(self.features(x))
         error = F.mse_loss(self.pixels(e), x)
-        loss = error / x.var() + self.beta * commitment
+        loss = error / x.var().clamp(min=1e-4) + self.beta * commitment      # (frames of one colour vary by nothing)
         return loss, dict(mse=error, commit=commitment)
 
 
@@ -130,4 +130,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
