@@ -84,7 +84,7 @@ class Game:
 
         One frame does not tell how fast things move, and a prompt is a picture, at rest: so, where the LAM has a code for that,
         it is shown twice, with that code in between."""
-        self.first = (frame, true and (true, true.save()))
+        self.first, self.first_state = frame, true and true.save()
         self.pictures.clear()
         frames = 1 if self.still is None else 2
         z = self.tokenizer.encode(frame.expand(1, frames, -1, -1, -1).to(self.device))      # (1, 1 or 2, N)
@@ -97,10 +97,9 @@ class Game:
 
     def restart(self):
         """Back to the frame that `reset` began from."""
-        frame, true = self.first
-        if true:
-            true[0].restore(true[1])
-        self.reset(frame, true and true[0])
+        if self.true:
+            self.true.restore(self.first_state)
+        self.reset(self.first, self.true)
 
     def draw(self, z):
         x = self.tokenizer.decode(z, self.pictures)
@@ -600,7 +599,7 @@ def score_counterfactual(game, supply, prompts=100):
     rows = []
     for _ in tqdm(range(prompts), desc="every button", dynamic_ncols=True):
         game.reset(*next(supply))
-        start, drawn, state = game.first[0], game.every_button(), game.true.save()
+        start, drawn, state = game.first, game.every_button(), game.true.save()
         for picture, button in zip(drawn, game.meaning):
             game.true.step(button)
             truth = torch.from_numpy(game.true.frame()).float() / 255

@@ -1239,7 +1239,7 @@ def test_window_obeys_keys(world, monkeypatch):
     drawn = window.sketch.copy()
     assert (drawn[10, 20] == 1).all() and np.array_equal(drawn[40:], first[40:])
     key("s")
-    assert np.array_equal(game.first[0].numpy(), drawn) and window.sketch is None
+    assert np.array_equal(game.first.numpy(), drawn) and window.sketch is None
     window.on_release(SimpleNamespace(key="3"))
     time.sleep(0.1)
     key("up"), key("right")
