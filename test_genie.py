@@ -692,6 +692,19 @@ def test_recorded_actions_and_counterfactuals_replay():
     assert (~same).any(1).mean() > 0.95, "buttons must matter"
 
 
+def test_videos_show_what_a_wall_is():
+    """A player who hops over every wall in time teaches nobody that one cannot go through: arrow keys held would run on."""
+    blocked = moments = 0
+    for seed in range(10):
+        game, policy = data.Platformer(seed), data.Policy(np.random.default_rng(seed))
+        for _ in range(200):
+            action, ground, x = policy(game), game.on_ground(), game.x
+            game.step(action)
+            blocked += ground and action in (1, 2) and game.x == x       # left or right on the ground, no jump, no way
+            moments += 1
+    assert blocked / moments > 0.015, f"{blocked} of {moments}"
+
+
 @pytest.fixture(scope="session")
 def platformer(tmp_path_factory):
     """A small data set of the built-in game, made by the command itself."""
