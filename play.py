@@ -623,6 +623,9 @@ def score_fvd(game, lam, args, sampling, clips):
     data = Clips(args.data, "valid", 65, game.device)
     spread = data.spread(2 * clips)                             # every other clip is the one to be imitated
     clips = len(spread) // 2
+    if clips < 2:
+        print("no fvd: it needs four held-out clips of 65 frames", file=sys.stderr)
+        return {}
     cache, real = args.run / f"fvd_real_{clips}.pt", {}
     with contextlib.suppress(Exception):                        # missing or damaged (torch.load raises half a dozen types): made anew
         real = torch.load(cache, weights_only=True)
