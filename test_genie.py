@@ -931,7 +931,8 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
     """The dynamics' backward pass leaves the LAM's gradients alone, and whatever the dynamics learns, the LAM beside it comes out
     the same to the bit, its k-means tried anew half-way. The dynamics names and uses that LAM, and an interrupted pair goes on together."""
     lams, kept, lam_step, log, restart, restarted = [], [], dyn.lam_step, st.Run.log, lam_stage.restart, []
-    monkeypatch.setitem(lam_stage.KNOBS, "restart", (0.5, *lam_stage.KNOBS["restart"][1:]))
+    for knob, value in (("restart", 0.5), ("scored", 4)):
+        monkeypatch.setitem(lam_stage.KNOBS, knob, (value, *lam_stage.KNOBS[knob][1:]))
     monkeypatch.setattr(lam_stage, "restart", lambda *x: restarted.append(1) or restart(*x))
 
     def step_and_keep(run, *rest):
@@ -950,7 +951,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
     for lr in ("3e-3", "1e-5"):
         folder = ["--run", str(tmp_path / lr)]
         tok.main(few + folder)
-        dyn.main(few + folder + ["--cotrain", "--lr", lr])
+        dyn.main(few + folder + ["--cotrain", "--lr", lr, "--prior-steps", "2"])
         lam, _ = st.load_model(tmp_path / lr / "lam.pt", lam_stage.build, "lam")
         dynamics, ckpt = st.load_model(tmp_path / lr / "dynamics.pt", dyn.build, "dynamics")
         assert ckpt["origin"]["lam"] == st.fingerprint(lam) and torch.equal(dynamics.buttons, lam.vq.codebook)
@@ -969,7 +970,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
 
     monkeypatch.setattr(st.Run, "steps", interrupted)
     with pytest.raises(SystemExit):
-        dyn.main(few + folder + ["--cotrain", "--lr", lr])
+        dyn.main(few + folder + ["--cotrain", "--lr", lr, "--prior-steps", "2"])
     stopped.append(True)
     before = st.fingerprint(st.load_model(tmp_path / lr / "lam.pt", lam_stage.build, "lam")[0])
     dyn.main(["--data", few[-1], *folder, "--resume"])
