@@ -40,7 +40,7 @@ from tqdm import tqdm
 import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, Clips, Platformer, Policy, displacement, psnr
+from data import ACTIONS, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
 from st_block import (SIZES, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
@@ -579,7 +579,7 @@ def score_arrows(game, supply, prompts=200, presses=10):
     its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run."""
     rng, result = np.random.default_rng(0), dict(arrow_presses=prompts * presses)
     for script in ("held", "varied"):
-        hits = np.zeros((prompts, presses))
+        hits, wall = np.zeros((prompts, presses)), np.zeros((prompts, presses), bool)
         for i in tqdm(range(prompts), desc=f"arrow keys, {script}", dynamic_ncols=True):
             game.reset(*next(supply))
             for t in range(presses):
@@ -587,8 +587,29 @@ def score_arrows(game, supply, prompts=200, presses=10):
                 frame, x = torch.from_numpy(game.frame), game.true.x
                 drawn = torch.from_numpy(game.press(game.keys[button], button))
                 hits[i, t] = displacement(frame[None], drawn[None])[0, 0].sign() == np.sign(game.true.x - x)
-        result |= {f"arrow_keys_{script}": float(hits.mean()), f"arrow_keys_{script}_se": float(hits.mean(1).std() / prompts ** 0.5)}
+                wall[i, t] = button % 3 and game.true.x == x
+        name, share = f"arrow_keys_{script}", lambda x: float(x.mean()) if len(x) else None
+        result |= {name: float(hits.mean()), f"{name}_se": float(hits.mean(1).std() / prompts ** 0.5), f"{name}_walls": int(wall.sum()),
+                   f"{name}_at_walls": share(hits[wall]), f"{name}_elsewhere": share(hits[~wall])}
     return result
+
+
+def score_hero(game, supply, prompts=40, frames=32):
+    """Is the hero still there? Shares of frames in which he is once, gone, or more than once, while another button is pressed every fourth
+    frame: pixels of his colour in his columns, one hero being 0.6 to 1.4 of those in the first frame. And once by the same ruler in
+    the true game, where he may jump half out of the frame."""
+    rng, heroes = np.random.default_rng(0), np.zeros((2, prompts, frames))
+    for i in tqdm(range(prompts), desc="the hero", dynamic_ncols=True):
+        game.reset(*next(supply))
+        color, columns = game.true.ink[1] / 255, slice(PLAYER_X, PLAYER_X + PLAYER_W)
+        count = lambda frame: (np.abs(frame[:, columns] - color).max(-1) < 0.15).sum()
+        one = count(game.true.frame() / 255)
+        for t in range(frames):
+            button = rng.integers(len(ACTIONS)) if t % 4 == 0 else button
+            heroes[:, i, t] = count(game.press(game.keys[button], button)) / one, count(game.true.frame() / 255) / one
+    once = (heroes > 0.6) & (heroes < 1.4)                                          # (2, prompts, frames)
+    shares = dict(hero_once=once[0], hero_gone=heroes[0] <= 0.6, hero_doubled=heroes[0] >= 1.4, hero_once_true_game=once[1])
+    return {k: float(v.mean()) for k, v in shares.items()} | dict(hero_once_se=float(once[0].mean(1).std() / prompts ** 0.5))
 
 
 @torch.inference_mode()
@@ -668,6 +689,8 @@ def score(game, supply, args):
         result |= score_arrows(game, supply)
     if longest > 64:
         result |= score_fvd(game, lam, args, sampling, 64)
+    if game.built_in and game.keys:
+        result |= score_hero(game, supply)
     write_json(args.run / "scores.json", result)
     for k, v in result.items():
         print(f"{k:>32}  {round(v, 3) if isinstance(v, float) else v}")

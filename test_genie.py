@@ -1226,6 +1226,40 @@ def test_shipped_world_plays(tmp_path):
     assert size < 16e6
 
 
+def test_scores_of_play_know_a_perfect_world_and_broken_ones():
+    """The true game as if it had been learned; one that stands still; one whose hero is lost; one that shows him twice."""
+    class World:
+        keys = range(6)
+
+        def __init__(self, show):
+            self.show = show
+
+        def reset(self, frame, true):
+            self.true, self.frame = true, frame.numpy()
+
+        def press(self, code, button):
+            self.true.step(button)
+            self.frame = self.show(self, self.true.frame() / np.float32(255))
+            return self.frame
+
+    def twice(world, frame):
+        color = world.true.ink[1] / np.float32(255)
+        frame[np.roll((frame == color).all(-1), 12, 0)] = color
+        return frame
+
+    supply = play.starts(SimpleNamespace(prompt=None, seed=0), SimpleNamespace(built_in=True, tokenizer=SimpleNamespace(height=64, width=64)))
+    perfect, still = World(lambda world, frame: frame), World(lambda world, frame: world.frame)
+    arrows = play.score_arrows(perfect, supply, 10, 10)
+    assert arrows["arrow_keys_held"] == arrows["arrow_keys_varied"] == arrows["arrow_keys_held_at_walls"] == 1
+    arrows = play.score_arrows(still, supply, 10, 10)
+    assert arrows["arrow_keys_held_walls"] > 2 and arrows["arrow_keys_held_at_walls"] == 1, "against a wall the view stands still"
+    assert arrows["arrow_keys_held_elsewhere"] < 0.4
+    hero = play.score_hero(perfect, supply, 10, 16)
+    assert hero["hero_once"] == hero["hero_once_true_game"] > 0.7
+    assert play.score_hero(World(lambda world, frame: 0 * frame), supply, 5, 8)["hero_gone"] == 1
+    assert play.score_hero(World(twice), supply, 10, 8)["hero_doubled"] > 0.5 > hero["hero_doubled"]
+
+
 def test_window_obeys_keys(world, monkeypatch):
     """The keyboard loop on matplotlib's off-screen canvas: keys move the world, pause, undo, reset and record."""
     import matplotlib
