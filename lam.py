@@ -175,7 +175,7 @@ def score_actions(lam, args, T):
 
     Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when that button
     would have led the true game to the very same next frame. For playing, `meaning` is the button that would most often have led to
-    what a code was used for, pressed or not; of buttons equal to 1 in 100 (in mid-air, with up and without), the first. `keys` is the
+    what a code was used for, pressed or not; of buttons equal to 1 in 20 (in mid-air, with up and without), the first. `keys` is the
     way back, from transitions where no other button would have led to the same frame (a jump in the air does not count): for each
     button the code that goes with it best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more).
     Returns (scores, table of counts code x button) or None.
@@ -202,7 +202,7 @@ def score_actions(lam, args, T):
             keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
             leads = np.zeros_like(table)
             np.add.at(leads, a, same)
-            meaning = (leads >= leads.max(1, keepdims=True) - 0.01 * table.sum(1, keepdims=True)).argmax(1)
+            meaning = (leads >= leads.max(1, keepdims=True) - 0.05 * table.sum(1, keepdims=True)).argmax(1)
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
