@@ -20,8 +20,8 @@ Where it departs from the paper (most of it measured in the README's lab notes):
   unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
 - a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
   nearly the same thing over and over. It draws the next frame better, in fewer minutes;
-- k-means is tried once more, from other beginnings, when the encoder has learned what to look at (`--restart`): it ends in the
-  valley that it began in, and with one seed of five "left and jump" had no code of its own for want of another beginning;
+- k-means is tried twice more, from other beginnings, when the encoder has learned what to look at and when it is nearly done
+  (`--restart`): it ends in the valley that it began in, and "left and jump" had no code of its own for want of another beginning;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
@@ -73,7 +73,7 @@ KNOBS = dict(
     past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
     shifted=    (0.5,    0.5,   0.5,    0.0, "share of the clips that the encoder sees shifted against the grid of patches (the paper: 0)"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
-    restart=    (1.0,    0.4,   1.0,    1.0, "share of the steps after which k-means is tried from other beginnings (1: never; the paper's)"),
+    restart=    (1.0,    0.4,   1.0,    1.0, "share of the steps after which k-means is tried from other beginnings, and again after as many (1: never; the paper's)"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-3,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,   100,   5000, "steps of linear warm-up"),
@@ -362,7 +362,7 @@ def main(argv=None):
     net = parallel(model, args)
 
     for step in run.steps():
-        if step == int(args.restart * args.steps):
+        if step > 0 and step % max(1, int(args.restart * args.steps)) == 0:
             restart(model, clips, args)
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):
