@@ -576,7 +576,8 @@ def frechet(a, b):
 def score_arrows(game, supply, prompts=200, presses=10):
     """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left, right,
     not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, each in
-    its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run."""
+    its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run. Apart as well: presses
+    at a wall, where the true hero could not go where he was told, and elsewhere."""
     rng, result = np.random.default_rng(0), dict(arrow_presses=prompts * presses)
     for script in ("held", "varied"):
         hits, wall = np.zeros((prompts, presses)), np.zeros((prompts, presses), bool)
