@@ -592,7 +592,7 @@ def main(argv=None):
         starts = clips.draw(args.batch // args.world)
         z, a = clips_of(tokens, actions, starts, args.frames)
         if beside:
-            if step > 0 and step % max(1, int(beside.args.restart * beside.args.steps)) == 0:
+            if lam_stage.restart_is_due(step, beside.args):
                 lam_stage.restart(lam, clips, args)
             a = lam_step(beside, lam_net, clips.at(starts), step, args)
             model.buttons.copy_(lam.vq.codebook)

@@ -327,9 +327,16 @@ def begin(args):
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
+    if args.restart <= 0:
+        stop(f"--restart {args.restart:g} would try k-means anew before every step; 0.4: at 40 and 80 % of them, 1: never")
     if min(height, width) <= 2 * args.border * args.patch:
         stop(f"--border {args.border}: nothing would be left of frames of {width}x{height} pixels in patches of {args.patch}")
     return clips, dict(height=height, width=width) | {k: getattr(args, k) for k in MODEL}
+
+
+def restart_is_due(step, args):
+    """Before this step? After every share --restart of the steps: 0.4 is at 40 and at 80 %, 1 is never."""
+    return step > 0 and step % max(1, int(args.restart * args.steps)) == 0
 
 
 def restart(lam, clips, args, batches=100):
@@ -362,7 +369,7 @@ def main(argv=None):
     net = parallel(model, args)
 
     for step in run.steps():
-        if step > 0 and step % max(1, int(args.restart * args.steps)) == 0:
+        if restart_is_due(step, args):
             restart(model, clips, args)
         x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
         with autocast(args):

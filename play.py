@@ -690,7 +690,7 @@ def score(game, supply, args):
         result |= score_arrows(game, supply)
     if longest > 64:
         result |= score_fvd(game, lam, args, sampling, 64)
-    if game.built_in and game.keys:
+    if game.built_in and game.keys:                             # last: the luck that it draws is nobody else's
         result |= score_hero(game, supply)
     write_json(args.run / "scores.json", result)
     for k, v in result.items():
