@@ -671,6 +671,10 @@ def score(game, supply, args):
         stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
     sampling = sampling_of(args)
     result = dict(sampling, least=args.least, seed=args.seed)
+    for stage, names in dict(tokenizer=("psnr", "copy_psnr", "codes_in_use", "code_perplexity"),
+                             lam=("psnr", "copy_psnr", "codes_in_use", "code_perplexity", "lam_gain", "action_accuracy", "action_accuracy_se", "chance", "nmi")).items():
+        known = read_scores(args.folder / f"{stage}.json")      # measured when it was trained
+        result |= {f"{stage}.{k}": known[k] for k in names if k in known}
     longest = max(Clips(args.data, "valid", 1).meta["episodes"]["valid"])
     for frames, clips, at in ((4, 256, (1, 4)), (16, 64, (16,)), (64, 16, (64,))):
         if longest <= frames:

@@ -3,8 +3,10 @@
 No test here asks for a shape alone: every defect on the list below was once found in a published reimplementation, where the
 shapes were right and the loss fell. The miniature end-to-end run at the end asks whether a world was learned.
 """
+import functools
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -1258,6 +1260,22 @@ def test_scores_of_play_know_a_perfect_world_and_broken_ones():
     assert hero["hero_once"] == hero["hero_once_true_game"] > 0.7
     assert play.score_hero(World(lambda world, frame: 0 * frame), supply, 5, 8)["hero_gone"] == 1
     assert play.score_hero(World(twice), supply, 10, 8)["hero_doubled"] > 0.5 > hero["hero_doubled"]
+
+
+def test_one_command_scores_the_whole_path(world, monkeypatch, capsys):
+    """play.py --score, with fewer prompts: every score of every stage in one table, and in scores.json."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(play, "load_i3d", lambda device: None)
+    for score in ("score_arrows", "score_hero", "score_counterfactual"):
+        monkeypatch.setattr(play, score, functools.partial(getattr(play, score), prompts=3))
+    play.main(["--score", "--maskgit", "1"])
+    found, printed = scores(world, "scores"), capsys.readouterr()
+    assert found["lam.action_accuracy"] == scores(world, "lam")["action_accuracy"] > found["lam.chance"]
+    assert found["tokenizer.psnr"] == scores(world, "tokenizer")["psnr"]
+    wanted = {"lam.nmi", "lam.lam_gain", "lam.code_perplexity", "delta_psnr_t4", "delta_psnr_t4_se", "psnr_t4", "copy_psnr_t4",
+              "counterfactual_psnr", "arrow_keys_held", "arrow_keys_varied", "hero_once"}
+    assert wanted <= found.keys() and all(math.isfinite(found[k]) for k in wanted)
+    assert all(f" {k} " in printed.out for k in found) and "no fvd" in printed.err
 
 
 def test_window_obeys_keys(world, monkeypatch):
