@@ -580,15 +580,17 @@ def score_arrows(game, supply, prompts=200, presses=10):
     at a wall, where the true hero could not go where he was told, and elsewhere."""
     rng, result = np.random.default_rng(0), dict(arrow_presses=prompts * presses)
     for script in ("held", "varied"):
-        hits, wall = np.zeros((prompts, presses)), np.zeros((prompts, presses), bool)
+        hits, wall = np.zeros((prompts, presses), bool), np.zeros((prompts, presses), bool)
         for i in tqdm(range(prompts), desc=f"arrow keys, {script}", dynamic_ncols=True):
             game.reset(*next(supply))
+            frames, places = [game.frame], [game.true.x]
             for t in range(presses):
                 button = (1, 2, 4, 5, 0)[i % 5] if script == "held" else rng.integers(len(ACTIONS))
-                frame, x = torch.from_numpy(game.frame), game.true.x
-                drawn = torch.from_numpy(game.press(game.keys[button], button))
-                hits[i, t] = displacement(frame[None], drawn[None])[0, 0].sign() == np.sign(game.true.x - x)
-                wall[i, t] = button % 3 and game.true.x == x
+                frames.append(game.press(game.keys[button], button))
+                places.append(game.true.x)
+                wall[i, t] = button % 3 and places[t] == places[t + 1]
+            drawn = torch.from_numpy(np.stack(frames))                  # (presses + 1, H, W, C)
+            hits[i] = displacement(drawn[:-1], drawn[1:])[:, 0].sign().numpy() == np.sign(np.diff(places))
         name, share = f"arrow_keys_{script}", lambda x: float(x.mean()) if len(x) else None
         result |= {name: float(hits.mean()), f"{name}_se": float(hits.mean(1).std() / prompts ** 0.5), f"{name}_walls": int(wall.sum()),
                    f"{name}_at_walls": share(hits[wall]), f"{name}_elsewhere": share(hits[~wall])}
