@@ -58,9 +58,9 @@ class Platformer:
     not show what comes next (how fast? rising or falling?), but two do. Falling into a pit costs time, never the episode.
     """
 
-    def __init__(self, seed, look=None):
+    def __init__(self, seed):
         rng = np.random.default_rng(seed)
-        palette = LOOKS[rng.integers(len(LOOKS)) if look is None else look]
+        palette = LOOKS[rng.integers(len(LOOKS))]
         (self.sky_high, self.sky_low, self.hill, self.turf, self.soil, self.shade,
          self.brick, self.mortar, self.pit, body, face) = palette
         self.ink = np.array([(0, 0, 0), body, face, (20, 20, 24)], np.uint8)
@@ -309,7 +309,8 @@ def read_video(file, size, fps):
 def build_videos(root, videos, size, fps, shortest, overwrite):
     """Every .mp4 and .gif below a folder (or one file): cropped to a square, scaled to `size`, resampled to `fps`.
 
-    The last tenth of each video is held out. A file that cannot be read is named, skipped and counted.
+    The last tenth of each video is held out, but at least `shortest` frames, and none of a video that is not twice as long. A file
+    that cannot be read is named, skipped and counted.
     """
     if not videos.exists():
         stop(f"{videos} does not exist")
@@ -321,16 +322,17 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
         lengths, skipped = {"train": [], "valid": []}, 0
         with open(folder / "train.u8", "wb") as train, open(folder / "valid.u8", "wb") as valid:
             for file in tqdm(files, desc="reading videos", unit="video", dynamic_ncols=True):
-                count, start = 0, train.tell()
+                count, start, why = 0, train.tell(), ""
                 try:
                     for frame in read_video(file, size, fps):
                         train.write(frame.tobytes())
                         count += 1
                 except Unreadable as e:             # what came before the damage is kept, if it is long enough
-                    tqdm.write(f"{'skipped' if count < shortest else f'used only {count} frames of'} {file}: {e}", file=sys.stderr)
+                    why = f": {e}"
+                    if count >= shortest:
+                        tqdm.write(f"used only {count} frames of {file}{why}", file=sys.stderr)
                 if count < shortest:
-                    if count:
-                        tqdm.write(f"skipped {file}: {count} frames at {fps} frames/s, fewer than {shortest}", file=sys.stderr)
+                    tqdm.write(f"skipped {file}, {count} frames at {fps} frames/s, fewer than {shortest}{why}", file=sys.stderr)
                     skipped += 1
                     train.seek(start)
                     train.truncate()
@@ -465,7 +467,7 @@ def main(argv=None):
     p.add_argument("--fps", type=int, default=10, help="frames per second, your own videos (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="another seed, other levels (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
-    p.add_argument("--show", action="store_true", help="only write a contact sheet of the data set, sheet.png beside it")
+    p.add_argument("--show", action="store_true", help="only write a contact sheet of the data set, sheet.png in its folder")
     args = p.parse_args(argv)
     if min(args.seed, args.fps - 1, args.frame_size - 8) < 0:
         stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")

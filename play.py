@@ -271,11 +271,12 @@ class Window:
         if key in ARROWS or key in self.codes:
             self.held[key] = True
         elif key in ("r", "n"):
+            self.sketch = None
             game.restart() if key == "r" else game.reset(*next(self.supply))
         elif key == " ":
             self.paused = not self.paused
         elif key == "u":
-            self.paused = True
+            self.paused, self.sketch = True, None
             game.take_back()
         elif key == "b":
             for image, frame in zip(self.strip, game.every_button()):
@@ -575,10 +576,11 @@ def frechet(a, b):
 
 def score_arrows(game, supply, prompts=200, presses=10):
     """Scripted play beside the true game: the share of presses after which the world moved on screen in the direction (left, right,
-    not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, each in
-    its turn; and another button, any of the six, for every press, so that most come in mid-air or on the run. Apart as well: presses
-    at a wall, where the true hero could not go where he was told, and elsewhere."""
+    not at all) that the true game did, with its standard error over prompts. Twice: one button held for a whole prompt, five in turn
+    (a jump on the spot moves the view no more than no button does); and another button, any of the six, for every press, so that most
+    come in mid-air or on the run. Apart as well: presses at a wall, where the true hero could not go where he was told, and elsewhere."""
     rng, result = np.random.default_rng(0), dict(arrow_presses=prompts * presses)
+    share = lambda x: float(x.mean()) if len(x) else None
     for script in ("held", "varied"):
         hits, wall = np.zeros((prompts, presses), bool), np.zeros((prompts, presses), bool)
         for i in tqdm(range(prompts), desc=f"arrow keys, {script}", dynamic_ncols=True):
@@ -591,7 +593,7 @@ def score_arrows(game, supply, prompts=200, presses=10):
                 wall[i, t] = button % 3 and places[t] == places[t + 1]
             drawn = torch.from_numpy(np.stack(frames))                  # (presses + 1, H, W, C)
             hits[i] = displacement(drawn[:-1], drawn[1:])[:, 0].sign().numpy() == np.sign(np.diff(places))
-        name, share = f"arrow_keys_{script}", lambda x: float(x.mean()) if len(x) else None
+        name = f"arrow_keys_{script}"
         result |= {name: float(hits.mean()), f"{name}_se": float(hits.mean(1).std() / prompts ** 0.5), f"{name}_walls": int(wall.sum()),
                    f"{name}_at_walls": share(hits[wall]), f"{name}_elsewhere": share(hits[~wall])}
     return result
@@ -792,12 +794,12 @@ def main(argv=None):
     if args.size and not args.bench:
         stop("--size is for --bench; a trained world has the size that it was trained at")
     args.folder = args.run = args.run or Path("runs") / args.data.name
+    if args.export:
+        return export(args)
     default = args.data == p.get_default("data") and args.run == Path("runs/platformer")
     if default and not args.size and not (args.folder / "dynamics.pt").exists():
         args.folder = ASSETS
         print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
-    if args.export:
-        return export(args)
     torch.manual_seed(args.seed)
     models = untrained(args.size, args.device) if args.size else load(args.folder, args.device)
     game = Game(models, args, least=args.least, **sampling_of(args))
