@@ -13,7 +13,7 @@ Where it departs from the paper (each measured in the README's lab notes):
   canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
   never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
   of a clip is a lesson: other ways of masking (`--masking`), with a clean past, learn less in the same minutes;
-- some tokens of the past are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
+- some of the tokens that are given are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
   (GameNGen's remedy, in tokens);
 - a small network beside it learns, afterwards, which codes can come next (`Prior`). A latent action tells what happened, and not
   everything can happen anywhere: who falls cannot rise, who stands at a wall cannot go on. Play asks it (`World.possible`);
@@ -48,8 +48,8 @@ KNOBS = dict(
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
     canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
-    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames or streams (one pass a frame more in play)"),
-    noise=      (0.1,    0.1,   0.1,    0.0, "largest share of past tokens replaced at random in training"),
+    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames, or streams (which needs one pass a frame more in play, as does a blank canvas)"),
+    noise=      (0.1,    0.1,   0.1,    0.0, "largest share of given tokens replaced at random in training"),
     lr=         (3e-3,  8e-3,  1e-3,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,   200,   5000, "steps of linear warm-up"),
     maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
@@ -167,20 +167,20 @@ class Dynamics(nn.Module):
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
         if self.masking != "paper":
             hidden[:, -1, 0] = True                                      # with few clips there might be nothing to score
-        past = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
-        past = torch.where(past, torch.randint(self.K, z.shape, device=z.device), z)
-        last = self.before(past)
+        wrong = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
+        given = torch.where(wrong, torch.randint(self.K, z.shape, device=z.device), z)
+        last = self.before(given)
         if self.masking == "streams":
             time, mask = two_streams(T, self.transformer.window, z.device)
             if flaw == "acausal":
                 mask = torch.ones_like(mask)
-            both = torch.cat([past, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)             # (B, 2T-1, N)
+            both = torch.cat([given, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)            # (B, 2T-1, N)
             twice = lambda x: torch.cat([x, x[:, 1:]], 1)
             x = self.features(both, twice(e), twice(self.paint(last)), time, mask)
             x, hidden, target = x[:, T:], hidden[:, 1:], z[:, 1:]
         else:
             mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
-            x = self.features(past.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
+            x = self.features(given.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
             target = z
         return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
 
@@ -223,7 +223,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     everywhere, turn = torch.arange(N, device=device).expand(z.shape), torch.rand(z.shape, device=device).argsort(-1)
     done = 0
     for s in range(steps):
-        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))    # so many are committed after this step
+        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))    # so many are committed after this step:
+        keep = min(N, max(done + 1, keep))                               # one more at least (25 steps of 64 tokens begin 1, 1, 2)
         place = turn[..., done:keep] if order == "random" else everywhere
         logits = predict(z, place).float()                               # (B, 1, n, K)
         if temperature > 0:
@@ -462,8 +463,9 @@ def begin_lam(args):
 @torch.no_grad()
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it. Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of
-    them would be others in bf16; of the actions, 1 in 300, and play does not infer any. lam=None: no actions.
+    so doing it in every step would only repeat it (the first frames of a clip are encoded with less of a past; it hardly shows).
+    Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
+    300, and play does not infer any. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same two models."""
     path, about = args.run / "tokens.pt", data.path.stat()
     made_of = [data.name, about.st_size, about.st_mtime_ns, data.T, fingerprint(tokenizer), fingerprint(lam) if lam else ""]
@@ -474,14 +476,14 @@ def encode(data, tokenizer, lam, args):
                 return kept["tokens"], kept["actions"]
         except Exception as e:                                           # torch.load raises half a dozen types
             stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
-    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.short, device=data.device)
+    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
     clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
-        z[index] = tokenizer.encode(x).short()
+        z[index] = tokenizer.encode(x).int()
         if lam:
             with autocast(args):
                 a[index[:, :-1]] = lam.encode(x).short()
@@ -585,8 +587,6 @@ def main(argv=None):
     net = parallel(model, args)
     if beside:
         run.beside, lam_net = beside, parallel(lam, args)
-        if beside.first != run.first:
-            stop(f"{beside.path} is at step {beside.first}, {run.path} at {run.first}: a save was cut short; train afresh without --resume")
 
     for step in run.steps():
         starts = clips.draw(args.batch // args.world)

@@ -16,12 +16,14 @@ Where it departs from the paper (most of it measured in the README's lab notes):
   right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes say less
   of what happened, and the world that is trained on them is a worse one;
 - the encoder looks no further back than the decoder. One that does has nothing of use to say about the past, but the past
-  leaks: where nothing moved, the difference of its readings was not zero but a whisper of what had moved before, and brought to
-  unit length it got the codes of jumps. On the ground three quarters of these meant "nothing"; now that has a code of its own;
+  leaks: where nothing moved, the difference of its readings was not zero but a faint trace of what had moved before; brought to
+  unit length, it was faint no longer, and got the codes of jumps. On the ground three quarters of these meant "nothing"; now that
+  has a code of its own;
 - a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
   nearly the same thing over and over. It draws the next frame better, in fewer minutes;
 - k-means is tried twice more, from other beginnings, when the encoder has learned what to look at and when it is nearly done
-  (`--restart`): it ends in the valley that it began in, and "left and jump" had no code of its own for want of another beginning;
+  (`--restart`, at size laptop): it ends in the valley that it began in, and "left and jump" had no code of its own for want of
+  another beginning;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
 - encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
@@ -32,7 +34,7 @@ Where it departs from the paper (most of it measured in the README's lab notes):
 - the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
 - the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
 - the error is measured in units of the error of copying, so that the commitment loss stays a detail;
-- it begins as the mean square and ends as the root of that, transition by transition (`--root-from`): a hero who jumps is 1 %
+- it begins as the mean square and ends, at sizes laptop and gpu, as the root of that, transition by transition (`--root-from`): a hero who jumps is 1 %
   of the picture, and beside a view that scrolls his jump is lost in a mean of squares. The root alone is a gamble: while nothing
   is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed;
 - it leaves out the patches along the edges of the frame (`--border`): what comes into view there cannot be known from the last
@@ -73,7 +75,7 @@ KNOBS = dict(
     past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
     shifted=    (0.5,    0.5,   0.5,    0.0, "share of the clips that the encoder sees shifted against the grid of patches (the paper: 0)"),
     root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
-    restart=    (1.0,    0.4,   1.0,    1.0, "share of the steps after which k-means is tried from other beginnings, and again after as many (1: never; the paper's)"),
+    restart=    (1.0,    0.4,   1.0,    1.0, "0.4: k-means is tried from other beginnings when 40 % and 80 % of the steps are done (1: never, the paper's)"),
     flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
     lr=         (3e-3,  4e-3,  1e-3,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,   100,   5000, "steps of linear warm-up"),
@@ -103,7 +105,8 @@ class LatentActionModel(nn.Module):
         nn.init.zeros_(self.to_pixels.bias)
 
     def features(self, x):
-        """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_{t+1} and `past` frames before it (a layer)."""
+        """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_{t+1} and on the `past` frames before it
+        (on more, with --past above 1: each layer looks back as far)."""
         p = patchify(2 * x - 1, self.patch)                              # (B, T, N, P*P*C)
         if self.flaw == "blind":
             p = torch.cat([p[:, :1], p[:, :-1]], 1)
@@ -144,7 +147,7 @@ class LatentActionModel(nn.Module):
         error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
         if root:
             error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
-        error = error.mean() / copying.mean().clamp(min=1e-6)            # 1: no better than copying the last frame (0, if nothing moves)
+        error = error.mean() / copying.mean().clamp(min=1e-6)            # 1: no better than copying the last frame
         narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
         watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
         return error + self.beta * commitment + self.spread * narrow, a, watch

@@ -2,7 +2,7 @@
 
 Genie (Bruce et al. 2024, arXiv 2402.15391) is three models made of one block. The ST block (section 2, figure 4) never
 lets a token look at every other token of the video. It looks at its own frame (spatial attention), then at its own place
-in earlier frames (temporal attention, causal), then passes one feed-forward layer. Cost grows with T, not with T^2 N^2.
+in earlier frames (temporal attention, causal), then passes one feed-forward layer. T N^2 + N T^2 pairs, not (T N)^2.
 
 The legend of shapes, for the whole project:
     B clips   T frames   N tokens of a frame   D width   K codes   H W C pixels   h heads   P pixels along a patch's side
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         # torch's kernels for a GPU compute tiles of 64 places or more: of 16 frames they would waste three quarters
         by_hand = torch.compiler.is_compiling() and (q.device.type == "cpu" or turn is not None)
         attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
-        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)                        # the norm left q and k in fp32 under autocast
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
 
@@ -146,7 +146,7 @@ class STBlock(nn.Module):
         s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
         x = x + self.space(s).view(B, T, N, D)
         if self.time is not None:
-            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself (strided, qkv is slow)
+            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself, in one piece: qkv is faster
             x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
         return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 
@@ -202,8 +202,8 @@ class Cache:
     Spatial attention never leaves a frame and temporal attention never looks ahead, so a new frame changes nothing about
     the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod window, the
     oldest is overwritten, nothing grows. A forward pass writes the slot of its frame, again at every MaskGIT step;
-    `advance` moves on to the next. Rotary time is relative, so nothing kept has to be turned again. The result is exactly
-    that of the whole past under the windowed mask of STTransformer, at any length (a test).
+    `advance` moves on to the next. Rotary time is relative, so nothing kept has to be turned again. The result is
+    that of the whole past under the windowed mask of STTransformer, up to rounding, at any length (a test).
     """
 
     def __init__(self, layers, rows, heads, window, dh, device):
@@ -426,7 +426,7 @@ def settle(args, stage):
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
         least = 0 if isinstance(v, float) or 0 in values else 1          # a count may be 0 only where it is so at some size
-        if not isinstance(v, str) and v < least:
+        if not isinstance(v, str) and not v >= least:                    # (nan is not)
             stop(f"{flag(k)} {v} makes no sense; it must be at least {least}")
         setattr(args, k, v)
     if args.dim % (2 * args.heads):
@@ -631,7 +631,6 @@ class Run:
             raise SystemExit(0)
         with contextlib.suppress(ValueError):        # only the main thread may catch signals
             signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
-        step = self.first
         for step in range(self.first, args.steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
             schedule(self.optimizer, step, args)
