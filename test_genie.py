@@ -772,9 +772,11 @@ def test_displacement_is_that_of_the_camera():
 
 def test_displacement_is_not_fooled_by_the_hero_who_stays_in_his_place():
     """By the plain squared error it is: the hero is brighter than what scrolls behind him. (Every look, every button but jump.)"""
-    for look in range(4):
+    looks = {data.Platformer(seed).ink.tobytes(): seed for seed in range(7, 27)}
+    assert len(looks) == len(data.LOOKS)
+    for seed in looks.values():
         for button in (0, 1, 2, 4, 5):
-            game, frames, x = data.Platformer(7 + look, look), [], []
+            game, frames, x = data.Platformer(seed), [], []
             for _ in range(12):
                 frames.append(torch.from_numpy(game.frame()).float() / 255)
                 x.append(game.x)
