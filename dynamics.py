@@ -47,8 +47,8 @@ KNOBS = dict(
     layers=     (  2,      2,    12,     12, "ST blocks"),
     heads=      (  2,      4,    12,      8, "attention heads"),
     action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
-    canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank"),
-    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames, or streams (which needs one pass a frame more in play, as does a blank canvas)"),
+    canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank (which takes a pass a frame more in play)"),
+    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames, or streams (which takes that pass, too)"),
     noise=      (0.1,    0.1,   0.1,    0.0, "largest share of given tokens replaced at random in training"),
     lr=         (3e-3,  8e-3,  1e-3,   3e-5, "peak learning rate"),
     warmup=     ( 10,    100,   200,   5000, "steps of linear warm-up"),
@@ -463,7 +463,7 @@ def begin_lam(args):
 @torch.no_grad()
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it (the first frames of a clip are encoded with less of a past; it hardly shows).
+    so doing it in every step would only repeat it (without any past, as a clip's first frame, 1 token in 1,000 would be another).
     Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
     300, and play does not infer any. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same two models."""

@@ -268,15 +268,16 @@ class Window:
     def on_press(self, event):
         key, game = event.key, self.game
         self.released.pop(key, None)
+        if key in ("r", "n", "u"):
+            self.sketch = None                                  # these go to another frame than the one drawn on
         if key in ARROWS or key in self.codes:
             self.held[key] = True
         elif key in ("r", "n"):
-            self.sketch = None
             game.restart() if key == "r" else game.reset(*next(self.supply))
         elif key == " ":
             self.paused = not self.paused
         elif key == "u":
-            self.paused, self.sketch = True, None
+            self.paused = True
             game.take_back()
         elif key == "b":
             for image, frame in zip(self.strip, game.every_button()):

@@ -843,6 +843,7 @@ def test_bad_data_is_one_sentence(tmp_path, platformer):
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--frames", "81", cwd=platformer), "no episode")
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--data", HERE / "data.py", cwd=tmp_path), "no data set")
     fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--frames", "1", cwd=platformer), "at least 2")
+    fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--restart", "nan", cwd=platformer), "makes no sense")
     fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--flaw", "leak", cwd=platformer), "one transition")
 
 
@@ -1317,6 +1318,9 @@ def test_window_obeys_keys(world, monkeypatch):
     assert (drawn[10, 20] == 1).all() and np.array_equal(drawn[40:], first[40:])
     key("s")
     assert np.array_equal(game.first.numpy(), drawn) and window.sketch is None
+    for other in "rnu":
+        key("s"), key(other)
+        assert window.sketch is None, "another frame than the one drawn on"
     window.on_release(SimpleNamespace(key="3"))
     time.sleep(0.1)
     key("up"), key("right")
