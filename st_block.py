@@ -260,8 +260,9 @@ class VectorQuantizer(nn.Module):
         self.decay, self.dead, self.noise, self.normalise = decay, dead if revive else 0.0, noise, normalise
         start = F.rms_norm(torch.randn(codes, dim), (dim,))
         self.register_buffer("codebook", start.clone())                          # (K, dim)
-        self.register_buffer("mean_sum", start.clone())                          # running sum of the vectors of a code
-        self.register_buffer("mean_count", torch.full((codes,), 0.0 if revive else 1.0))     # running count of them, per batch
+        held = torch.full((codes,), 0.0 if revive else 1.0)                      # revival begins on the data; else each start counts as one
+        self.register_buffer("mean_sum", held[:, None] * start)                  # running sum of the vectors of a code
+        self.register_buffer("mean_count", held)                                 # running count of them, per batch
 
     def norm(self, z):
         return F.rms_norm(z, (z.size(-1),)) if self.normalise else z
