@@ -45,6 +45,7 @@ LOOKS = (   # sky high and low, hills, turf, soil and its shade; brick, mortar, 
     ((44, 36, 40), (60, 48, 50), (76, 60, 58), (130, 120, 116), (96, 84, 82), (72, 62, 62),                    # cave
      (150, 110, 70), (100, 70, 44), (230, 96, 24), (90, 210, 120), (240, 255, 230)),
 )
+COIN = (250, 210, 40)
 SPRITES = [np.array([[int(c) for c in row] for row in rows.split()]) for rows in (      # 1 player, 2 face, 3 eye
     "011110 111111 112232 112222 011110 111111 011110 010010",
     "011110 111111 112232 112222 011110 111111 111110 000110")]
@@ -71,7 +72,8 @@ class Platformer:
         self.coins = self.coins_at_start.copy()
 
     def build(self, rng):
-        """Ground heights, pits, floating bricks and coins; every rise can be jumped (2 tiles = 16 of the jump's 20 pixels)."""
+        """Ground heights, pits, floating bricks and coins; every rise to the right can be jumped (2 tiles = 16 of the
+        jump's 20 pixels); to the left, out of a pit, not every one."""
         self.solid = np.zeros((8, WIDTH), bool)
         self.coins_at_start = np.zeros((8, WIDTH), bool)
         self.ground = np.zeros(WIDTH, int)
@@ -176,7 +178,7 @@ class Platformer:
         for row, col in zip(*np.nonzero(self.coins[:, first:first + 9])):
             x = (first + col) * TILE - left
             a, b = max(0, -x), min(TILE, VIEW - x)                       # a coin may stick out of the frame
-            frame[row * TILE:(row + 1) * TILE, x + a:x + b][self.coin[:, a:b]] = (250, 210, 40)
+            frame[row * TILE:(row + 1) * TILE, x + a:x + b][self.coin[:, a:b]] = COIN
         top = max(0, -self.y)
         sprite = SPRITES[self.x // 4 % 2 if self.on_ground() else 1][top:, ::self.facing]
         box = frame[self.y + top:self.y + PLAYER_H, PLAYER_X:PLAYER_X + PLAYER_W]

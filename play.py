@@ -40,7 +40,7 @@ from tqdm import tqdm
 import dynamics as dynamics_stage
 import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
+from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
 from st_block import (SIZES, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
@@ -602,13 +602,14 @@ def score_arrows(game, supply, prompts=200, presses=10):
 
 def score_hero(game, supply, prompts=40, frames=32):
     """Is the hero still there? Shares of frames in which he is once, gone, or more than once, while another button is pressed every fourth
-    frame: pixels of his colour in his columns, one hero being 0.6 to 1.4 of those in the first frame. And once by the same ruler in
-    the true game, where he may jump half out of the frame."""
+    frame: pixels of his colour in his columns (and not nearer to that of a coin: at night both are yellow), one hero being 0.6 to 1.4 of
+    those in the first frame. And once by the same ruler in the true game, where he may jump half out of the frame."""
     rng, heroes = np.random.default_rng(0), np.zeros((2, prompts, frames))
     for i in tqdm(range(prompts), desc="the hero", dynamic_ncols=True):
         game.reset(*next(supply))
-        color, columns = game.true.ink[1] / 255, slice(PLAYER_X, PLAYER_X + PLAYER_W)
-        count = lambda frame: (np.abs(frame[:, columns] - color).max(-1) < 0.15).sum()
+        columns = slice(PLAYER_X, PLAYER_X + PLAYER_W)
+        far = lambda frame, color: np.abs(frame[:, columns] - np.array(color) / 255).max(-1)        # (H, PLAYER_W)
+        count = lambda frame: (far(frame, game.true.ink[1]) < np.minimum(0.15, far(frame, COIN))).sum()
         one = count(game.true.frame() / 255)
         for t in range(frames):
             button = rng.integers(len(ACTIONS)) if t % 4 == 0 else button
