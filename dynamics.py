@@ -480,7 +480,7 @@ def encode(data, tokenizer, lam, args):
     a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
     clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
-    for starts in tqdm(clips, desc="frames to tokens", dynamic_ncols=True):
+    for starts in tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
         z[index] = tokenizer.encode(x).int()
@@ -550,8 +550,7 @@ def chances(dynamics, tokens, actions, starts, frames):
     return table
 
 
-def build(**config):
-    return Dynamics(**config)
+build = Dynamics                # for load_model
 
 
 def main(argv=None):

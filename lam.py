@@ -163,8 +163,7 @@ def narrowness(z):
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 
-def build(**config):
-    return LatentActionModel(**config)
+build = LatentActionModel       # for load_model
 
 
 @torch.no_grad()
@@ -350,7 +349,8 @@ def restart(lam, clips, args, batches=100):
     with autocast(args):
         z = torch.cat([lam.features(clips.at(part)).detach().flatten(0, 1) for part in parts])         # (M, code_dim)
     mine, best = lam.vq.restart(z)
-    tqdm.write(f"k-means of {len(z)} transitions: {mine:.3f} from the codebook as it is, {best:.3f} from the best of other beginnings")
+    if args.rank == 0:
+        tqdm.write(f"k-means of {len(z)} transitions: {mine:.3f} from the codebook as it is, {best:.3f} from the best of other beginnings")
 
 
 def main(argv=None):

