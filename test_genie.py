@@ -854,8 +854,13 @@ def test_bad_data_is_one_sentence(tmp_path, platformer):
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--frames", "81", cwd=platformer), "no episode")
     fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--data", HERE / "data.py", cwd=tmp_path), "no data set")
     fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--frames", "1", cwd=platformer), "at least 2")
-    fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--restart", "nan", cwd=platformer), "makes no sense")
     fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--flaw", "leak", cwd=platformer), "one transition")
+    for flag, value, words in (("--restart", "nan", "makes no sense"), ("--restart", "inf", "finite"), ("--batch", "0", "at least 1"),
+                               ("--seed", "20261127000", "too large")):
+        with pytest.raises(SystemExit, match=words):
+            st.settle(st.parser("", lam_stage.KNOBS).parse_args(["--device", "cpu", "--size", "test", flag, value]), "lam")
+    with pytest.raises(SystemExit, match="another folder"):     # half the precision, and no optimizer, over what was trained
+        play.main(["--device", "cpu", "--run", str(tmp_path), "--export", f"{tmp_path}/runs/.."])
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
