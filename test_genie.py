@@ -804,8 +804,8 @@ def test_psnr():
 
 # ------------------------------------------------------------------------------------------------ the commands, as a user runs them
 
-def run(*command, cwd, **more):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, env=NO_GPU, **more)
+def run(*command, cwd, env=NO_GPU):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, env=env)
 
 
 def fails_with_one_sentence(result, *words):
@@ -1217,7 +1217,7 @@ def test_prompts_may_be_any_picture(tmp_path):
 
 def test_play_without_a_display_writes_its_files(world, tmp_path):
     import imageio.v2 as imageio
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    environment = {k: v for k, v in NO_GPU.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
     result = run(HERE / "play.py", cwd=world, env=environment)
     assert result.returncode == 0, result.stderr
     film = imageio.mimread(world / "runs/platformer/play.gif", memtest=False)
