@@ -655,7 +655,8 @@ class Run:
             signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
 
     def asked_to_stop(self, step):
-        """Ctrl-C? Under torchrun each process hears of it in its own step, and all must stop after the same one: they ask each other, now and then."""
+        """Ctrl-C? Under torchrun each process hears of it in a step of its own, and all must stop after the same one: every 20 steps they
+        ask each other."""
         if self.args.world == 1:
             return self.stopped
         if step % 20:

@@ -1362,12 +1362,14 @@ def two_processes(rank, folder):
     m.register_forward_pre_hook(lambda *_: used.append(m.vq.codebook.clone()))
     for step in range(2):
         net(x)[0].backward()
-    torch.save(dict(gradients=gradients, used=used, learned=m.vq.codebook), f"{folder}/{rank}.pt")
+    run = SimpleNamespace(args=SimpleNamespace(world=2, device=torch.device("cpu")), stopped=rank == 1)      # Ctrl-C, heard by one
+    stops = [step for step in range(42) if st.Run.asked_to_stop(run, step)]
+    torch.save(dict(gradients=gradients, used=used, learned=m.vq.codebook, stops=stops), f"{folder}/{rank}.pt")
     torch.distributed.barrier()                                 # neither leaves while the other still talks
     os._exit(0)                                                 # at once: if gloo's thread frees a tensor while Python shuts down, the process aborts
 
 
-def test_two_processes_give_the_gradients_of_one_and_share_a_codebook(tmp_path):
+def test_two_processes_give_the_gradients_of_one_share_a_codebook_and_stop_together(tmp_path):
     """Each has half of the batch. Both go on with the codebook that the first has learned, though each learns another."""
     torch.multiprocessing.spawn(two_processes, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -1378,6 +1380,7 @@ def test_two_processes_give_the_gradients_of_one_and_share_a_codebook(tmp_path):
         assert torch.allclose(p.grad, g, atol=1e-6) and torch.equal(g, h)
     assert not torch.equal(first["used"][0], first["used"][1]), "it learns"
     assert torch.equal(first["used"][1], second["used"][1]) and not torch.equal(first["learned"], second["learned"])
+    assert first["stops"] == second["stops"] == [0, 20, 40]
 
 
 # ------------------------------------------------------------------------------------------------ FVD
