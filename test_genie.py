@@ -3,6 +3,7 @@
 No test here asks for a shape alone: every defect on the list below was once found in a published reimplementation, where the
 shapes were right and the loss fell. The miniature end-to-end run at the end asks whether a world was learned.
 """
+import contextlib
 import functools
 import io
 import json
@@ -731,8 +732,16 @@ def test_videos_show_what_a_wall_is():
 def platformer(tmp_path_factory):
     """A small data set of the built-in game, made by the command itself."""
     folder = tmp_path_factory.mktemp("world")
-    subprocess.run([sys.executable, HERE / "data.py", "--episodes", "60", "--frames", "80"], cwd=folder, check=True, capture_output=True)
+    with contextlib.chdir(folder):
+        data.main(["--episodes", "60", "--frames", "80"])
     return folder
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Of a training of few steps, scores and pictures take most of the time."""
+    for stage in (tok, lam_stage, dyn):
+        monkeypatch.setattr(stage, "evaluate", lambda *_: {})
 
 
 def test_clips_never_cross_an_episode(platformer):
@@ -808,12 +817,11 @@ def run(*command, cwd, env=NO_GPU):
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, env=env)
 
 
-def fails_with_one_sentence(result, *words):
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    for word in words:
-        assert word in last, last
+def refuses(words, main, *arguments, cwd="."):
+    """A user's mistake ends in one sentence. In this process, to be quick: that a script so ends without a traceback is a test of its own."""
+    with contextlib.chdir(cwd), pytest.raises(SystemExit, match=words) as stopped:
+        main(list(map(str, arguments)))
+    assert len(str(stopped.value).splitlines()) == 1
 
 
 def write_video(path, frames=60, fps=20):
@@ -837,44 +845,47 @@ def test_own_videos(tmp_path):
     assert data.true_actions(tmp_path / "data/own", "train") is None
 
 
+def test_a_mistake_is_no_traceback(tmp_path):
+    for command, words in (["tokenizer.py"], "data.py"), (["dynamics.py", "--szie", "test"], "unrecognized"):
+        result = run(HERE / command[0], *command[1:], cwd=tmp_path)
+        assert result.returncode != 0 and words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
+
+
 def test_bad_data_is_one_sentence(tmp_path, platformer):
     (tmp_path / "empty").mkdir()
-    fails_with_one_sentence(run(HERE / "data.py", "--videos", "empty", cwd=tmp_path), "no .mp4")
+    refuses("no .mp4", data.main, "--videos", "empty", cwd=tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.mp4").write_bytes(b"nothing")
-    fails_with_one_sentence(run(HERE / "data.py", "--videos", "broken", cwd=tmp_path), "1 could not be used")
+    refuses("1 could not be used", data.main, "--videos", "broken", cwd=tmp_path)
     assert not list(tmp_path.glob("data/*")), "nothing half-written stays behind"
     for name in ("..", ".", "a/b"):                             # data/.. is where the user's own files are
-        fails_with_one_sentence(run(HERE / "data.py", "--episodes", "1", "--frames", "20", "--name", name, cwd=tmp_path), "plain word")
+        refuses("plain word", data.main, "--episodes", "1", "--frames", "20", "--name", name, cwd=tmp_path)
     (tmp_path / "data/own").mkdir(parents=True)
-    fails_with_one_sentence(run(HERE / "data.py", "--name", "own", "--overwrite", cwd=tmp_path), "is no data set")
-    fails_with_one_sentence(run(HERE / "data.py", cwd=platformer), "already exists")
-    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", cwd=tmp_path), "data.py")
-    fails_with_one_sentence(run(HERE / "tokenizer.py", "--szie", "test", cwd=tmp_path), "unrecognized")
-    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--frames", "81", cwd=platformer), "no episode")
-    fails_with_one_sentence(run(HERE / "tokenizer.py", "--size", "test", "--data", HERE / "data.py", cwd=tmp_path), "no data set")
-    fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--frames", "1", cwd=platformer), "at least 2")
-    fails_with_one_sentence(run(HERE / "lam.py", "--size", "test", "--flaw", "leak", cwd=platformer), "one transition")
+    refuses("is no data set", data.main, "--name", "own", "--overwrite", cwd=tmp_path)
+    refuses("already exists", data.main, cwd=platformer)
+    refuses("data.py", tok.main, "--size", "test", cwd=tmp_path)
+    refuses("no episode", tok.main, "--size", "test", "--frames", "81", cwd=platformer)
+    refuses("no data set", tok.main, "--size", "test", "--data", HERE / "data.py", cwd=tmp_path)
+    refuses("at least 2", lam_stage.main, "--size", "test", "--frames", "1", cwd=platformer)
+    refuses("one transition", lam_stage.main, "--size", "test", "--flaw", "leak", cwd=platformer)
     for flag, value, words in (("--restart", "nan", "makes no sense"), ("--restart", "inf", "finite"), ("--batch", "0", "at least 1"),
                                ("--seed", "20261127000", "too large")):
-        with pytest.raises(SystemExit, match=words):
-            st.settle(st.parser("", lam_stage.KNOBS).parse_args(["--device", "cpu", "--size", "test", flag, value]), "lam")
-    with pytest.raises(SystemExit, match="another folder"):     # half the precision, and no optimizer, over what was trained
-        play.main(["--device", "cpu", "--run", str(tmp_path), "--export", f"{tmp_path}/runs/.."])
+        refuses(words, lam_stage.main, "--size", "test", flag, value, cwd=platformer)
+    refuses("another folder", play.main, "--run", tmp_path, "--export", tmp_path / "runs/..")    # half the precision, and no optimizer, over what was trained
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
     runs = tmp_path / "runs"
     runs.mkdir()
-    command = (HERE / "dynamics.py", "--size", "test", "--data", platformer / "data/platformer", "--run", runs)
-    fails_with_one_sentence(run(*command, cwd=tmp_path), "tokenizer.py")
+    command = dyn.main, "--size", "test", "--data", platformer / "data/platformer", "--run", runs
+    refuses("tokenizer.py", *command)
     (runs / "tokenizer.pt").write_bytes(b"PK\x03\x04 half a file")
-    fails_with_one_sentence(run(*command, cwd=tmp_path), "damaged")
+    refuses("damaged", *command)
     torch.save(dict(stage="lam"), runs / "tokenizer.pt")
-    fails_with_one_sentence(run(*command, cwd=tmp_path), "lam.py", "tokenizer.py")
+    refuses("lam.py, but one of tokenizer.py", *command)
     torch.save(dict(stage="tokenizer", config=dict(size=3), model={}), runs / "tokenizer.pt")
-    fails_with_one_sentence(run(*command, cwd=tmp_path), "does not fit")
-    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path / "nowhere", "--script", cwd=tmp_path), "does not exist")
+    refuses("does not fit", *command)
+    refuses("does not exist", play.main, "--run", tmp_path / "nowhere", "--script")
     if os.path.exists("/dev/full"):                             # a disk without space
         with pytest.raises(SystemExit, match="cannot write"):
             st.write_atomically(runs / "x.bin", lambda f: open("/dev/full", "wb", buffering=0).write(b"x"))
@@ -933,36 +944,31 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "lam"])
-def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer):
+def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer, monkeypatch, capsys, unscored):
     """Ctrl-C in the middle, --resume, and the weights equal those of a run that nobody interrupted."""
-    def command(folder, *more):
-        return [sys.executable, str(HERE / f"{stage}.py"), "--device", "cpu", "--size", "test", "--steps", "24", "--batch", "4", "--scored", "8", "--data",
-                str(platformer / "data/platformer"), "--run", str(tmp_path / folder), *more] + ["--root-from", "0.3", "--restart", "0.6"] * (stage == "lam")
-    assert subprocess.run(command("whole"), cwd=tmp_path, capture_output=True).returncode == 0
-    process = subprocess.Popen(command("parts"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "loss" not in seen and process.poll() is None:        # the progress bar shows the first loss: it trains
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate()[1]
-    assert process.returncode == 130 and "--resume" in rest and "Traceback" not in rest
-    stopped = torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"]
-    assert 0 < stopped < 24
-    assert subprocess.run(command("parts", "--resume"), cwd=tmp_path, capture_output=True).returncode == 0
+    main, log = dict(tokenizer=tok.main, lam=lam_stage.main)[stage], st.Run.log
+    few = ["--device", "cpu", "--size", "test", "--steps", "24", "--batch", "4", "--data", str(platformer / "data/platformer")]
+    few += ["--root-from", "0.3", "--restart", "0.6"] * (stage == "lam")
+    whole, parts = ([*few, "--run", str(tmp_path / folder)] for folder in ("whole", "parts"))
+    main(whole)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+        m.setattr(st.Run, "log", lambda run, step, *rest, **more: log(run, step, *rest, **more) or step == 10 and os.kill(os.getpid(), signal.SIGINT))
+        main(parts)
+    assert stopped.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"] == 11
+    main([*parts, "--resume"])
     a, b = (torch.load(tmp_path / f / f"{stage}.pt", weights_only=True) for f in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["fingerprint"] == b["fingerprint"]
     assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k])
                for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
-    if stage == "tokenizer":
-        fails_with_one_sentence(run(*command("parts", "--resume", "--steps", "23")[1:], cwd=tmp_path), "beyond --steps")
+    refuses("beyond --steps", main, *parts, "--resume", "--steps", "23")
 
 
-def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
+def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch, unscored):
     """The dynamics' backward pass leaves the LAM's gradients alone, and whatever the dynamics learns, the LAM beside it comes out
     the same to the bit, its k-means tried anew twice. The dynamics names and uses that LAM, and an interrupted pair goes on together."""
     lams, kept, lam_step, log, restart, restarted = [], [], dyn.lam_step, st.Run.log, lam_stage.restart, []
-    for knob, value in (("restart", 0.4), ("scored", 4)):
-        monkeypatch.setitem(lam_stage.KNOBS, knob, (value, *lam_stage.KNOBS[knob][1:]))
+    monkeypatch.setitem(lam_stage.KNOBS, "restart", (0.4, *lam_stage.KNOBS["restart"][1:]))
     monkeypatch.setattr(lam_stage, "restart", lambda *x: restarted.append(1) or restart(*x))
 
     def step_and_keep(run, *rest):
@@ -977,7 +983,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(tmp_path, monkeypatch):
     monkeypatch.setattr(dyn, "lam_step", step_and_keep)
     monkeypatch.setattr(st.Run, "log", check_and_log)
     data.build_platformer(tmp_path / "small", 2, 40, 0, False)
-    few = ["--device", "cpu", "--size", "test", "--steps", "8", "--batch", "4", "--scored", "4", "--data", str(tmp_path / "small")]
+    few = ["--device", "cpu", "--size", "test", "--steps", "8", "--batch", "4", "--data", str(tmp_path / "small")]
     for lr in ("3e-3", "1e-5"):
         folder = ["--run", str(tmp_path / lr)]
         tok.main(few + folder)
@@ -1067,20 +1073,20 @@ def test_size_gpu_trains_within_16_gb(stage):
         model.prior = None                                      # of the dynamics: it learns when all else is done
         st.prepare_blocks(model, SimpleNamespace(compile="off", recompute="auto", size="gpu"))
         optimizer = torch.optim.AdamW(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()                                        # from now on AdamW's moments are there as well
+        optimizer.zero_grad()
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
-            for step in range(2):                               # from the second on, AdamW's moments are there as well
-                with torch.autocast("cpu", torch.bfloat16):
-                    if stage is dyn:
-                        loss = model(torch.zeros(B, T, model.N, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1)
-                    else:
-                        loss = model(torch.zeros(B, T, 64, 64, 3))[0]
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if step == 0:
-                    tracker.reset_mod_stats()
+            with torch.autocast("cpu", torch.bfloat16):
+                if stage is dyn:
+                    loss = model(torch.zeros(B, T, model.N, dtype=torch.long), torch.zeros(B, T - 1, dtype=torch.long), 0.1)
+                else:
+                    loss = model(torch.zeros(B, T, 64, 64, 3))[0]
+            loss.backward()
+            optimizer.step()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     print(f"{stage.__name__}, size gpu, {B} clips: {peak['Total'] / 1e9:.1f} GB")
     learned = 16 * sum(p.numel() for p in model.parameters())   # weights, gradients and two moments, 4 bytes each
@@ -1107,13 +1113,15 @@ def test_large_sizes_build(stage, size, expected):
     assert millions == pytest.approx(expected, abs=0.05)
 
 
-def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypatch):
+def test_no_training_code_opens_the_true_actions(tmp_path, monkeypatch):
     """While a stage trains, opening true_actions.npz is an error here; scoring afterwards may. And without it: same weights."""
-    folder, opened = platformer / "data/platformer", []
-    load = np.load
+    folder, opened, load = tmp_path / "small", [], np.load
+    data.build_platformer(folder, 2, 40, 0, False)
     monkeypatch.setattr(np, "load", lambda path, *rest, **more: opened.append(len(steps)) or load(path, *rest, **more))
     steps, log = [], st.Run.log
     monkeypatch.setattr(st.Run, "log", lambda self, step, loss, **watch: steps.append(step) or log(self, step, loss, **watch))
+    monkeypatch.setattr(lam_stage, "picture", lambda *_: None)           # half of the time
+    monkeypatch.setitem(dyn.KNOBS, "prior_steps", (2, *dyn.KNOBS["prior_steps"][1:]))
     few = ["--device", "cpu", "--size", "test", "--steps", "12", "--scored", "8", "--data", str(folder), "--run", str(tmp_path / "with")]
     for stage in (tok, lam_stage, dyn):
         steps.clear(), opened.clear()
@@ -1134,10 +1142,10 @@ def test_no_training_code_opens_the_true_actions(tmp_path, platformer, monkeypat
 
 @pytest.fixture(scope="session")
 def world(platformer):
-    """All stages at size test, by the commands of the README."""
-    for stage in ("tokenizer", "lam", "dynamics"):
-        result = run(HERE / f"{stage}.py", "--size", "test", cwd=platformer)
-        assert result.returncode == 0, result.stderr
+    """All stages at size test, which takes more steps, but these are enough."""
+    with contextlib.chdir(platformer):
+        for stage, steps in (tok, 350), (lam_stage, 200), (dyn, 300):
+            stage.main(["--device", "cpu", "--size", "test", "--steps", str(steps)])
     return platformer
 
 
@@ -1171,15 +1179,15 @@ def test_mismatched_stages_are_one_sentence(world, tmp_path):
         (tmp_path / file).write_bytes((world / "runs/platformer" / file).read_bytes())
     ckpt = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
     torch.save(ckpt | dict(fingerprint="other"), tmp_path / "tokenizer.pt")
-    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another tokenizer")
+    refuses("another tokenizer", play.main, "--run", tmp_path, "--script", cwd=world)
     torch.save(ckpt, tmp_path / "tokenizer.pt")
     scored = json.loads((tmp_path / "lam.json").read_text())
     (tmp_path / "lam.json").write_text(json.dumps(scored | dict(fingerprint="other")))
-    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "another lam")
+    refuses("another lam", play.main, "--run", tmp_path, "--script", cwd=world)
     (tmp_path / "lam.json").write_text("{half")
-    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "damaged")
+    refuses("damaged", play.main, "--run", tmp_path, "--script", cwd=world)
     (tmp_path / "lam.json").unlink()
-    fails_with_one_sentence(run(HERE / "play.py", "--run", tmp_path, "--script", cwd=world), "lam.json does not exist")
+    refuses("lam.json does not exist", play.main, "--run", tmp_path, "--script", cwd=world)
 
 
 def test_other_videos_are_told_from_these_by_their_pixels(platformer, tmp_path):
