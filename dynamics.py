@@ -466,29 +466,32 @@ def encode(data, tokenizer, lam, args):
     so doing it in every step would only repeat it (without any past, as a clip's first frame, 1 token in 1,000 would be another).
     Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
     300, and play does not infer any. lam=None: no actions.
-    Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same two models."""
-    path, about = args.run / "tokens.pt", data.path.stat()
-    made_of = [data.name, about.st_size, about.st_mtime_ns, data.T, fingerprint(tokenizer), fingerprint(lam) if lam else ""]
+    Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
+    path, about, kept = args.run / "tokens.pt", data.path.stat(), {}
     if path.exists():
         try:
-            kept = torch.load(path, map_location=data.device, weights_only=True)
-            if kept["made_of"] == made_of:
-                return kept["tokens"], kept["actions"]
+            kept = dict(torch.load(path, map_location=data.device, weights_only=True))
         except Exception as e:                                           # torch.load raises half a dozen types
             stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
-    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
-    a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device)
+    frames = [data.name, about.st_size, about.st_mtime_ns, data.T]
+    tokens_of, actions_of = [*frames, fingerprint(tokenizer)], [*frames, fingerprint(lam)] if lam else []
+    new_tokens, new_actions = kept.get("tokens_of") != tokens_of, kept.get("actions_of") != actions_of
+    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device) if new_tokens else kept["tokens"]
+    a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device) if new_actions else kept["actions"]
+    if not new_tokens and (lam is None or not new_actions):
+        return z, a
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
     clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
-        z[index] = tokenizer.encode(x).int()
-        if lam:
+        if new_tokens:
+            z[index] = tokenizer.encode(x).int()
+        if lam and new_actions:
             with autocast(args):
                 a[index[:, :-1]] = lam.encode(x).short()
     if args.rank == 0 and not args.bench:
-        write_atomically(path, lambda f: torch.save(dict(made_of=made_of, tokens=z, actions=a), f))
+        write_atomically(path, lambda f: torch.save(dict(tokens=z, tokens_of=tokens_of, actions=a, actions_of=actions_of), f))
     return z, a
 
 

@@ -757,7 +757,7 @@ def test_clips_never_cross_an_episode(platformer):
 
 def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer, tmp_path):
     """Every frame and every transition of every episode gets its token and action, none that leads into another episode.
-    The second time nothing is encoded, unless it was another tokenizer."""
+    The second time nothing is encoded; with another LAM its actions alone; with another tokenizer, or longer clips, the tokens."""
     args = SimpleNamespace(device=torch.device("cpu"), compile="off", run=tmp_path, rank=0, bench=False)
     clips = data.Clips(platformer / "data/platformer", "valid", 4)
     t, m = small_tokenizer(), small_lam()
@@ -771,6 +771,11 @@ def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer, tmp
     assert (a[:-1] - move).abs().max() <= 1 and move.max() > 5
     t.encode = m.encode = None
     assert all(torch.equal(*pair) for pair in zip((z, a), dyn.encode(clips, t, m, args)))
+    assert torch.equal(z, dyn.encode(clips, t, None, args)[0])
+    other = small_lam(seed=1)
+    other.encode = lambda x: torch.full((len(x), 3), 5)
+    again = dyn.encode(clips, t, other, args)
+    assert torch.equal(z, again[0]) and (again[1][:79] == 5).all() and again[1][79] == 0
     with pytest.raises(TypeError):
         dyn.encode(data.Clips(platformer / "data/platformer", "valid", 5), t, m, args)
     t.vq.codebook += 1
