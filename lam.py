@@ -282,8 +282,8 @@ def evaluate(lam, args):
 
 
 def picture(lam, path, x, a, known):
-    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons, what the
-    decoder makes of one frame under it, and examples."""
+    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons (where nobody
+    knows them: what it draws that the others do not), what the decoder makes of one frame under it, and examples."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -308,10 +308,12 @@ def picture(lam, path, x, a, known):
             row[1].imshow(share[None], vmin=0, vmax=1, cmap="Blues", aspect="auto")
             for i, s in enumerate(share):
                 row[1].text(i, 0, f"{100 * s:.0f}", ha="center", va="center", fontsize=7, color="white" if s > 0.5 else "black")
+        else:                                                            # gray: as the codes draw it on average
+            row[1].imshow((0.5 + drawn[k] - drawn.mean(0)).clamp(0, 1).cpu().numpy())
         row[2].imshow(drawn[k].cpu().numpy())
         for i, (clip, t) in enumerate((a == k).nonzero()[:: max(1, int((a == k).sum()) // shown)][:shown].tolist()):
             row[3 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
-    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if known else "", "one frame,\nevery code", "examples: frame t and t+1"]
+    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if known else "the next column,\nless its mean", "one frame,\nevery code", "examples: frame t and t+1"]
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=8)
     if known:
@@ -329,6 +331,8 @@ def begin(args):
     clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
+    if args.codes < 2:
+        stop(f"--codes {args.codes}: a single word can tell nothing; it must be at least 2")
     if args.restart <= 0:
         stop(f"--restart {args.restart:g} would try k-means anew before every step; 0.4: at 40 and 80 % of them, 1: never")
     if min(height, width) <= 2 * args.border * args.patch:
