@@ -61,6 +61,7 @@ class Game:
         self.built_in = self.origin["data"].startswith("platformer, ")
         self.keys = scores.get("keys")                          # the code that stands for each of data.ACTIONS, if known
         self.meaning = scores.get("meaning")                    # the button that each code means, if known
+        self.down = None                                        # that of the arrow key that the built-in game has no use for
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
@@ -72,11 +73,13 @@ class Game:
             self.dynamics.features = torch.compile(self.dynamics.features, **how)
             self.tokenizer.decode = torch.compile(self.tokenizer.decode, **how)
 
-    def assign(self, none, left, right, up):
-        """Give the arrow keys their codes by hand: for worlds whose true buttons nobody knows."""
-        if not all(1 <= k <= self.K for k in (none, left, right, up)):
-            stop(f"--keys {none} {left} {right} {up}: this world has the codes 1 to {self.K}")
-        self.keys = [k - 1 for k in (none, left, right, up, up, up)]                # in the order of data.ACTIONS
+    def assign(self, *codes):
+        """Give the arrow keys their codes by hand, of none, left, right, up and perhaps down: for worlds whose true buttons nobody knows."""
+        if len(codes) not in (4, 5) or not all(1 <= k <= self.K for k in codes):
+            stop(f"--keys {' '.join(map(str, codes))}: that takes four codes or five (NONE LEFT RIGHT UP and perhaps DOWN); this world has 1 to {self.K}")
+        none, left, right, up, *down = (k - 1 for k in codes)
+        self.keys = [none, left, right, up, up, up]             # in the order of data.ACTIONS
+        self.down = down[0] if down else None
 
     @torch.inference_mode()
     def reset(self, frame, true=None):
@@ -270,7 +273,7 @@ class Window:
         self.released.pop(key, None)
         if key in ("r", "n", "u"):
             self.sketch = None                                  # these go to another frame than the one drawn on
-        if key in ARROWS or key in self.codes:
+        if key in ARROWS or key == "down" or key in self.codes:
             self.held[key] = True
         elif key in ("r", "n"):
             game.restart() if key == "r" else game.reset(*next(self.supply))
@@ -320,6 +323,8 @@ class Window:
             return code, self.button(code)
         if self.game.keys is None:
             return None
+        if "down" in self.held and self.game.down is not None:
+            return self.game.down, 0
         way = next((ARROWS[k] for k in reversed(list(self.held)) if k in ("left", "right")), 0)
         button = way + 3 * ("up" in self.held)
         return self.game.keys[button], button
@@ -770,8 +775,8 @@ def main(argv=None):
     p.add_argument("--data", type=Path, default=Path("data/platformer"), help="where starting frames of your own videos come from")
     p.add_argument("--run", type=Path, help="folder of the trained world (default: runs/NAME OF THE DATA, else assets/)")
     p.add_argument("--prompt", type=Path, help="begin from this picture")
-    p.add_argument("--keys", type=int, nargs=4, metavar=("NONE", "LEFT", "RIGHT", "UP"),
-                   help="the codes (1, 2, ...) that no key and the arrow keys stand for, where nobody knows the true buttons")
+    p.add_argument("--keys", type=int, nargs="+", metavar="CODE",
+                   help="the codes (1, 2, ...) of no key, left, right, up and perhaps down, where nobody knows the true buttons")
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")

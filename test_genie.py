@@ -1357,8 +1357,13 @@ def test_window_obeys_keys(world, monkeypatch):
     assert window.choice() == (game.keys[5], 5), "two arrows are one combination"
     game.assign(4, 2, 5, 1)
     assert window.choice() == (0, 5), "arrow keys can be given their codes by hand"
-    with pytest.raises(SystemExit, match="codes 1 to 8"):
-        game.assign(4, 2, 9, 1)
+    key("down")
+    assert window.choice() == (0, 5), "without a code it does nothing"
+    game.assign(4, 2, 5, 1, 7)
+    assert window.choice() == (6, 0)
+    for wrong in ((4, 2, 9, 1), (4, 2, 5)):
+        with pytest.raises(SystemExit, match="four codes or five.*has 1 to 8"):
+            game.assign(*wrong)
 
 
 # ------------------------------------------------------------------------------------------------ more than one process, compiled graphs
