@@ -257,7 +257,7 @@ def build(root, overwrite, source, fill):
     try:
         part.mkdir(parents=True)
         meta = fill(part)
-        write_atomically(part / "meta.json", lambda f: f.write(json.dumps(dict(name=root.name, **source, **meta)).encode()))
+        write_atomically(part / "meta.json", lambda f: f.write(json.dumps(source | meta).encode()))
         shutil.rmtree(root, ignore_errors=True)
         os.replace(part, root)
     except OSError as e:
@@ -425,8 +425,11 @@ def true_actions(root, split):
     path = Path(root) / "true_actions.npz"
     if not path.exists():
         return None
-    with np.load(path) as f:
-        return f[f"{split}_action"], f[f"{split}_same"], f[f"{split}_seed"]
+    try:
+        with np.load(path) as f:
+            return f[f"{split}_action"], f[f"{split}_same"], f[f"{split}_seed"]
+    except Exception as e:                                                       # half a dozen types, as the damage may be
+        stop(f"{path} is damaged ({type(e).__name__}); make the data again by the command that made it, and --overwrite")
 
 
 def psnr(a, b):

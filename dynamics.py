@@ -445,6 +445,9 @@ def load_upstream(args, stages):
         if ckpt["origin"]["data"] != data.name:
             stop(f"{args.run}/{name}.pt was trained on {ckpt['origin']['data']}, but {args.data} is {data.name}; use its --run "
                  f"folder, or train it on this data")
+        if ckpt["step"] < ckpt["knobs"]["steps"]:                        # finished later, it would be another model than this was trained on
+            stop(f"{args.run}/{name}.pt is at step {ckpt['step']} of {ckpt['knobs']['steps']}; finish it first: the same {name}.py command with "
+                 f"--resume (and --steps {ckpt['step']}, if that is enough)")
         models.append(model)
     return data, *models
 
@@ -463,7 +466,7 @@ def begin_lam(args):
 @torch.no_grad()
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it (without any past, as a clip's first frame, 1 token in 1,000 would be another).
+    so doing it in every step would only repeat it (but that the past, which a clip's first frame lacks, would change 1 token in 1,000).
     Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
     300, and play does not infer any. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""

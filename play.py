@@ -42,7 +42,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
-from st_block import (SIZES, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
+from st_block import (NO_COMPILER, SIZES, can_compile, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
@@ -148,11 +148,11 @@ def load(folder, device):
     dynamics, made = load_model(folder / "dynamics.pt", dynamics_stage.build, "dynamics", device)
     scores = read_scores(folder / "lam.json")
     if not scores:
-        stop(f"{folder}/lam.json does not exist, and it says which code is which; write it with: python lam.py --resume")
+        stop(f"{folder}/lam.json does not exist, and it says which code is which; write it with: python lam.py --resume (and the same --data and --run)")
     for stage, found in (("tokenizer", ckpt.get("fingerprint")), ("lam", scores.get("fingerprint"))):
         if made["origin"][stage] != found:
             stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py"
-                 + (" (if lam.py was interrupted while scoring, first: python lam.py --resume)" if stage == "lam" else ""))
+                 + (", and if lam.py was interrupted while scoring, first python lam.py --resume" if stage == "lam" else "") + " (and the same --data and --run)")
     return tokenizer, dynamics, made["origin"], scores
 
 
@@ -200,7 +200,7 @@ def read_scores(path):
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as e:
-        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py --resume")
+        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py --resume (and the same --data and --run)")
 
 
 def read_image(path, H, W):
@@ -793,9 +793,12 @@ def main(argv=None):
     p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or args.seed < 0 or args.worlds < 1 or not 0 <= args.least <= 0.1:
-        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative, --least from 0 to 0.1")
+    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or not 0 <= args.seed <= 10 ** 9 or args.worlds < 1 or not 0 <= args.least <= 0.1:
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative (a seed at most a billion), "
+             "--least from 0 to 0.1")
     args.device = find_device(args.device)
+    if args.compile == "on" and not can_compile(args.device):
+        stop(NO_COMPILER)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
         if args.prompt:
@@ -808,6 +811,8 @@ def main(argv=None):
     default = args.data == p.get_default("data") and args.run == Path("runs/platformer")
     if default and not args.size and not (args.folder / "dynamics.pt").exists():
         args.folder = ASSETS
+        if args.score:
+            stop(f"--score needs a LAM, to infer actions, and the world in {ASSETS.name}/ is for play alone; train one first (README, From video to play)")
         print(f"nothing trained in {args.run} yet: playing the small world in {ASSETS.name}/", file=sys.stderr)
     torch.manual_seed(args.seed)
     models = untrained(args.size, args.device) if args.size else load(args.folder, args.device)
@@ -823,7 +828,7 @@ def main(argv=None):
         import matplotlib.pyplot as plt
         if plt.get_backend().lower() == "webagg" and not importlib.util.find_spec("tornado"):
             stop("the window in a browser needs the package tornado: pip install tornado")
-        if plt.get_backend().lower() == "agg":                  # matplotlib found no display
+        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg"):            # matplotlib found no display, or was told to use none
             print("no display: playing a scripted sequence instead", file=sys.stderr)
             args.script = True
     play_script(game, supply, args) if args.script else Window(game, supply, args).run()

@@ -432,6 +432,8 @@ def settle(args, stage):
         setattr(args, k, v)
     if abs(args.seed) > 10 ** 9:                     # each step has a seed of its own, of 64 bits: see Run
         stop(f"--seed {args.seed} is too large; at most a billion")
+    if args.compile == "on" and not can_compile(args.device):
+        stop(NO_COMPILER)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
@@ -479,12 +481,12 @@ def read_checkpoint(path, stage):
     """The checkpoint at `path` as a dictionary, or one sentence that says why not."""
     path = Path(path)
     if not path.exists():
-        stop(f"{path} does not exist; make it first with: python {stage}.py")
+        stop(f"{path} does not exist; make it first with: python {stage}.py (and the same --data and --run)")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         found = ckpt["stage"]
     except Exception as e:                          # torch.load raises half a dozen types on a damaged file
-        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); train again with: python {stage}.py")
+        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); train again with: python {stage}.py (and the same --data and --run)")
     if found != stage:
         stop(f"{path} is a checkpoint of {found}.py, but one of {stage}.py is needed here")
     return ckpt
@@ -530,13 +532,19 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=able)
 
 
+NO_COMPILER = "--compile on needs a C++ compiler (g++ or clang++), and there is none; leave it out"
+
+
+def can_compile(device):
+    return device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
 def prepare_blocks(model, args):
     """torch.compile every ST block: they share one compiled graph, so this takes a third of the time that the whole model
     takes, for nearly all of the gain. `auto`: if it can work (a GPU, or a C++ compiler) and pays (not at size test).
     And --recompute (Chen et al. 2016): a third more arithmetic for a fifth of the memory."""
     if args.compile == "auto":
-        able = args.device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
-        args.compile = "on" if able and args.size != "test" else "off"
+        args.compile = "on" if can_compile(args.device) and args.size != "test" else "off"
     for module in model.modules():
         if isinstance(module, STBlock) and args.compile == "on":
             module.compile(fullgraph=True, dynamic=False)
@@ -597,7 +605,8 @@ class Run:
                 stop(f"{self.path} cannot be resumed here (other data, play-only weights, or of another version); train afresh without --resume")
             for k in origin:
                 if ckpt["origin"].get(k) != origin[k]:
-                    stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); train afresh")
+                    stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); "
+                         + ("name that with --data, or " if k == "data" else "") + "train afresh")
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
             self.first, self.seconds = ckpt["step"], ckpt["seconds"]

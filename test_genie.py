@@ -1,7 +1,7 @@
 """The properties that must hold, readable as a lecture. Run with: pytest -q test_genie.py
 
-No test here asks for a shape alone: every defect on the list below was once found in a published reimplementation, where the
-shapes were right and the loss fell. The miniature end-to-end run at the end asks whether a world was learned.
+No test here asks for a shape alone: the defects that they look for were found in published reimplementations, or in earlier versions
+of this one, where the shapes were right and the loss fell. A world in miniature asks whether anything was learned.
 """
 import contextlib
 import functools
@@ -503,7 +503,7 @@ def test_temperature_and_step_count_change_samples():
     assert (share - (fixed_logits()(z, everywhere) / 2).softmax(-1)[0, 0]).abs().max() < 0.04, "drawn as often as the softmax says"
     calls = []
     dyn.maskgit(lambda z, place: calls.append((z == 10).float().mean()) or fixed_logits()(z, place), 1, 64, 10, steps=8)
-    assert len(calls) == 8 and calls == sorted(calls, reverse=True), "each step must see the tokens of the last"
+    assert len(calls) == 8 and all(a > b for a, b in zip(calls, calls[1:])), "each step must see the tokens of the last"
 
 
 def test_several_steps_see_what_one_step_cannot():
@@ -728,11 +728,18 @@ def test_videos_show_what_a_wall_is():
     assert blocked / moments > 0.015, f"{blocked} of {moments}"
 
 
+@contextlib.contextmanager
+def inside(folder):
+    with pytest.MonkeyPatch.context() as patch:                 # (contextlib.chdir came with Python 3.11)
+        patch.chdir(folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def platformer(tmp_path_factory):
     """A small data set of the built-in game, made by the command itself."""
     folder = tmp_path_factory.mktemp("world")
-    with contextlib.chdir(folder):
+    with inside(folder):
         data.main(["--episodes", "60", "--frames", "80"])
     return folder
 
@@ -824,7 +831,7 @@ def run(*command, cwd, env=NO_GPU):
 
 def refuses(words, main, *arguments, cwd="."):
     """A user's mistake ends in one sentence. In this process, to be quick: that a script so ends without a traceback is a test of its own."""
-    with contextlib.chdir(cwd), pytest.raises(SystemExit, match=words) as stopped:
+    with inside(cwd), pytest.raises(SystemExit, match=words) as stopped:
         main(list(map(str, arguments)))
     assert len(str(stopped.value).splitlines()) == 1
 
@@ -856,7 +863,7 @@ def test_a_mistake_is_no_traceback(tmp_path):
         assert result.returncode != 0 and words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
 
 
-def test_bad_data_is_one_sentence(tmp_path, platformer):
+def test_bad_data_is_one_sentence(tmp_path, platformer, monkeypatch):
     (tmp_path / "empty").mkdir()
     refuses("no .mp4", data.main, "--videos", "empty", cwd=tmp_path)
     (tmp_path / "broken").mkdir()
@@ -867,6 +874,8 @@ def test_bad_data_is_one_sentence(tmp_path, platformer):
         refuses("plain word", data.main, "--episodes", "1", "--frames", "20", "--name", name, cwd=tmp_path)
     (tmp_path / "data/own").mkdir(parents=True)
     refuses("is no data set", data.main, "--name", "own", "--overwrite", cwd=tmp_path)
+    (tmp_path / "data/own/true_actions.npz").write_bytes(b"PK\x03\x04 half a file")
+    refuses("damaged", lambda argv: data.true_actions(argv[0], "train"), tmp_path / "data/own")
     refuses("already exists", data.main, cwd=platformer)
     refuses("data.py", tok.main, "--size", "test", cwd=tmp_path)
     refuses("no episode", tok.main, "--size", "test", "--frames", "81", cwd=platformer)
@@ -874,8 +883,13 @@ def test_bad_data_is_one_sentence(tmp_path, platformer):
     refuses("at least 2", lam_stage.main, "--size", "test", "--frames", "1", cwd=platformer)
     refuses("one transition", lam_stage.main, "--size", "test", "--flaw", "leak", cwd=platformer)
     for flag, value, words in (("--restart", "nan", "makes no sense"), ("--restart", "inf", "finite"), ("--batch", "0", "at least 1"),
-                               ("--seed", "20261127000", "too large")):
+                               ("--seed", "20261127000", "too large"), ("--codes", "1", "at least 2")):
         refuses(words, lam_stage.main, "--size", "test", flag, value, cwd=platformer)
+    refuses("at most a billion", play.main, "--seed", "20261127000")
+    refuses("for play alone", play.main, "--device", "cpu", "--score", cwd=tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for main in (lam_stage.main, play.main):
+        refuses("C[+][+] compiler", main, "--device", "cpu", "--compile", "on", cwd=platformer)
     refuses("another folder", play.main, "--run", tmp_path, "--export", tmp_path / "runs/..")    # half the precision, and no optimizer, over what was trained
 
 
@@ -961,6 +975,8 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer, m
         main(parts)
     assert stopped.value.code == 130 and "--resume" in capsys.readouterr().err
     assert torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"] == 11
+    if stage == "tokenizer":
+        refuses("at step 11 of 24; finish it first", dyn.main, *few, "--run", tmp_path / "parts")
     main([*parts, "--resume"])
     a, b = (torch.load(tmp_path / f / f"{stage}.pt", weights_only=True) for f in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["fingerprint"] == b["fingerprint"]
@@ -1148,7 +1164,7 @@ def test_no_training_code_opens_the_true_actions(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def world(platformer):
     """All stages at size test, which takes more steps, but these are enough."""
-    with contextlib.chdir(platformer):
+    with inside(platformer):
         for stage, steps in (tok, 350), (lam_stage, 200), (dyn, 300):
             stage.main(["--device", "cpu", "--size", "test", "--steps", str(steps)])
     return platformer
@@ -1228,7 +1244,7 @@ def test_prompts_may_be_any_picture(tmp_path):
         play.read_image(tmp_path / "no.png", 64, 64)
 
 
-def test_play_without_a_display_writes_its_files(world, tmp_path):
+def test_play_without_a_display_writes_its_files(world):
     import imageio.v2 as imageio
     environment = {k: v for k, v in NO_GPU.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
     result = run(HERE / "play.py", cwd=world, env=environment)
@@ -1486,6 +1502,7 @@ def test_loss_compiles_once_whatever_is_masked():
     """As many holes as there may be: one graph, and the loss of the same model uncompiled."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
+    counted.counters.clear()
     m, seen = small_dynamics(), []
     compiled = torch.compile(m.loss, fullgraph=True, dynamic=False)
     for share in (0.1, 0.5, 0.9):
@@ -1495,7 +1512,7 @@ def test_loss_compiles_once_whatever_is_masked():
         assert torch.allclose(fast, slow, atol=1e-5) and torch.allclose(by_fast, by_slow, atol=1e-6)
         assert not by_slow[target < 0].any(), "tokens that were given teach nothing"
         seen.append(counted.counters["stats"]["unique_graphs"])
-    assert seen[0] > 0 and len(set(seen)) == 1, seen
+    assert seen == [1, 1, 1], seen
 
 
 @torch.no_grad()
