@@ -359,6 +359,9 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
 
 # ------------------------------------------------------------------------------------------------ reading it
 
+AGAIN = "make the data again by the command that made them, and --overwrite"
+
+
 class Clips:
     """Clips of T frames from one split of a data set; none crosses the end of an episode.
 
@@ -369,7 +372,6 @@ class Clips:
     def __init__(self, root, split, T, device="cpu"):
         root, self.T, self.device = Path(root), T, torch.device(device)
         self.path = root / f"{split}.u8"
-        again = "make it again by the command that made it, and --overwrite"
         try:
             self.meta = json.loads((root / "meta.json").read_text())
             shape, lengths = self.meta["frame"], self.meta["episodes"][split]
@@ -379,9 +381,9 @@ class Clips:
         except OSError:
             stop(f"{root} is no data set; make one with: python data.py" + (f" --videos FOLDER --name {root.name}" if root.name != "platformer" else ""))
         except (ValueError, KeyError) as e:
-            stop(f"{root} is damaged ({e}); {again}")
+            stop(f"{root} is damaged ({e}); {AGAIN}")
         if len(self.frames) != sum(lengths):
-            stop(f"{self.path} holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {again}")
+            stop(f"{self.path} holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {AGAIN}")
         ends = np.cumsum(lengths)
         self.episodes = [(e - n, e) for e, n in zip(ends, lengths) if n >= T]
         self.starts = np.concatenate([np.arange(e - n, e - T + 1) for e, n in zip(ends, lengths)])
@@ -429,7 +431,7 @@ def true_actions(root, split):
         with np.load(path) as f:
             return f[f"{split}_action"], f[f"{split}_same"], f[f"{split}_seed"]
     except Exception as e:                                                       # half a dozen types, as the damage may be
-        stop(f"{path} is damaged ({type(e).__name__}); make the data again by the command that made it, and --overwrite")
+        stop(f"{path} is damaged ({type(e).__name__}); {AGAIN}")
 
 
 def psnr(a, b):

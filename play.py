@@ -42,11 +42,11 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
-from st_block import (NO_COMPILER, SIZES, can_compile, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
+from st_block import (SIZES, check_compiler, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
                       write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
-ARROWS = {"left": 1, "right": 2, "up": 3}                       # keys -> the buttons of data.ACTIONS
+ARROWS = ("left", "right", "up", "down")
 
 
 # ------------------------------------------------------------------------------------------------ the game behind the window
@@ -61,7 +61,7 @@ class Game:
         self.built_in = self.origin["data"].startswith("platformer, ")
         self.keys = scores.get("keys")                          # the code that stands for each of data.ACTIONS, if known
         self.meaning = scores.get("meaning")                    # the button that each code means, if known
-        self.down = None                                        # that of the arrow key that the built-in game has no use for
+        self.down = None                                        # that of the down arrow, which the built-in game has no use for
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
@@ -273,7 +273,7 @@ class Window:
         self.released.pop(key, None)
         if key in ("r", "n", "u"):
             self.sketch = None                                  # these go to another frame than the one drawn on
-        if key in ARROWS or key == "down" or key in self.codes:
+        if key in ARROWS or key in self.codes:
             self.held[key] = True
         elif key in ("r", "n"):
             game.restart() if key == "r" else game.reset(*next(self.supply))
@@ -325,7 +325,7 @@ class Window:
             return None
         if "down" in self.held and self.game.down is not None:
             return self.game.down, 0
-        way = next((ARROWS[k] for k in reversed(list(self.held)) if k in ("left", "right")), 0)
+        way = next((ACTIONS.index(k) for k in reversed(list(self.held)) if k in ("left", "right")), 0)
         button = way + 3 * ("up" in self.held)
         return self.game.keys[button], button
 
@@ -797,8 +797,7 @@ def main(argv=None):
         stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative (a seed at most a billion), "
              "--least from 0 to 0.1")
     args.device = find_device(args.device)
-    if args.compile == "on" and not can_compile(args.device):
-        stop(NO_COMPILER)
+    check_compiler(args)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
         if args.prompt:

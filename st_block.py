@@ -432,8 +432,7 @@ def settle(args, stage):
         setattr(args, k, v)
     if abs(args.seed) > 10 ** 9:                     # each step has a seed of its own, of 64 bits: see Run
         stop(f"--seed {args.seed} is too large; at most a billion")
-    if args.compile == "on" and not can_compile(args.device):
-        stop(NO_COMPILER)
+    check_compiler(args)
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
@@ -532,11 +531,13 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=able)
 
 
-NO_COMPILER = "--compile on needs a C++ compiler (g++ or clang++), and there is none; leave it out"
-
-
 def can_compile(device):
     return device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+def check_compiler(args):
+    if args.compile == "on" and not can_compile(args.device):
+        stop("--compile on needs a C++ compiler (g++ or clang++), and there is none; leave it out")
 
 
 def prepare_blocks(model, args):
