@@ -780,7 +780,7 @@ def main(argv=None):
     p.add_argument("--maskgit", type=int, default=4, help="MaskGIT steps per frame (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.5, help="of the sampled tokens; 0: always the likeliest (default: %(default)s)")
     p.add_argument("--order", choices=("random", "confidence"), default="random", help="which sampled tokens stay (default: %(default)s)")
-    p.add_argument("--least", type=float, default=0.01, metavar="SHARE", help="a code that is expected less than in all but this share of the moments "
+    p.add_argument("--least", type=float, default=0.02, metavar="SHARE", help="a code that is expected less than in all but this share of the moments "
                    "when it came is played as a likely one of like meaning (at most 0.1, in thousandths; 0: as it was pressed; default: %(default)s)")
     p.add_argument("--fps", type=float, default=10, help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1, help="how many starting frames --script plays through")
