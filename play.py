@@ -235,13 +235,13 @@ class Window:
         self.figure = plt.figure("Genie", figsize=(9.6 if two else 5.4, 6.8), facecolor="#16161a")
         grid = self.figure.add_gridspec(2, game.K, height_ratios=[5, 1], left=0.02, right=0.98, top=0.93, bottom=0.09, wspace=0.06)
         half = game.K // 2
-        self.view = self.image(grid[0, :half] if two else grid[0, :], game.frame, "the learned world")
-        self.beside = self.image(grid[0, half:], game.frame, "the true game, same keys") if two else None
-        self.strip = [self.image(grid[1, k], game.frame * 0 + 0.1, self.label(k), 8, moving=False) for k in range(game.K)]
+        self.view = self.image(grid[0, :half] if two else grid[0, :], "the learned world").axes
+        self.beside = self.image(grid[0, half:], "the true game, same keys").axes if two else None
+        self.strip = [self.image(grid[1, k], self.label(k), 8, moving=False) for k in range(game.K)]
         say = lambda y, text, **how: self.figure.text(0.02, y, text, color="#c8c8d0", fontsize=9, family="monospace", **how)
         say(0.012, f"arrows / 1-{len(self.codes)}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
-        self.text = say(0.045, "", animated=True)               # short: every letter is drawn anew in every frame
-        self.moving = [self.view, self.text, *([self.beside] if two else [])]
+        self.text = say(0.045, "frame", animated=True)
+        self.pictures, self.words, self.said, self.shown = [], None, 0.0, None
         self.background = None
         connect = self.figure.canvas.mpl_connect
         connect("key_press_event", self.on_press)
@@ -250,11 +250,11 @@ class Window:
         connect("motion_notify_event", self.on_mouse)
         connect("draw_event", self.on_draw)
 
-    def image(self, cell, frame, title, size=10, moving=True):
+    def image(self, cell, title, size=10, moving=True):
         ax = self.figure.add_subplot(cell)
         ax.set_xticks([]), ax.set_yticks([])
         ax.set_title(title, color="#c8c8d0", fontsize=size)
-        return ax.imshow(rgba(frame), interpolation="nearest", animated=moving)
+        return ax.imshow(rgba(self.game.frame * 0 + 0.1), interpolation="nearest", animated=moving)
 
     def label(self, code):
         """`3` or `3 right`: a code's key, and the button that it stands for."""
@@ -303,7 +303,7 @@ class Window:
         self.released[event.key] = time.time()                  # a key that repeats is released and pressed again at once
 
     def on_mouse(self, event):
-        if self.sketch is not None and event.inaxes is self.view.axes and event.button:
+        if self.sketch is not None and event.inaxes is self.view and event.button:
             row, col = round(event.ydata), round(event.xdata)
             if event.button == 1:
                 self.sketch[max(0, row - 1):row + 2, max(0, col - 1):col + 2] = self.ink
@@ -339,38 +339,50 @@ class Window:
             self.times = self.times[-20:] + [time.time()]
             if self.film is not None:
                 self.film.append(self.game.frame)
+        if choice or self.shown:
             self.show(choice)
 
     def show(self, choice=None):
-        game = self.game
-        self.view.set_data(rgba(game.frame if self.sketch is None else self.sketch))
+        """The frames, and the line of words: whenever these change, else twice a second, for its letters take longer than all the rest."""
+        game, self.shown = self.game, choice
+        self.pictures = [(self.view, game.frame if self.sketch is None else self.sketch)]
         if self.beside:
-            self.beside.set_data(rgba(game.true.frame() / 255 if game.true else game.frame * 0))
-        rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
-        self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   " + ("paused   " if self.paused else "")
-                           + (f"code {self.label(choice[0])}   " if choice else "")
-                           + (f"played as {self.label(played)}   " if choice and (played := int(game.world.played)) != choice[0] else "")
-                           + ("recording   " if self.film is not None else "")
-                           + ("drawing: s when done" if self.sketch is not None else ""))
+            self.pictures.append((self.beside, game.true.frame() / 255 if game.true else game.frame * 0))
+        words = (("paused   " if self.paused else "") + (f"code {self.label(choice[0])}   " if choice else "")
+                 + (f"played as {self.label(played)}   " if choice and (played := int(game.world.played)) != choice[0] else "")
+                 + ("recording   " if self.film is not None else "") + ("drawing: s when done" if self.sketch is not None else ""))
+        due = not choice or words != self.words or time.time() - self.said > 0.5
+        if due:
+            self.words, self.said = words, time.time()
+            rate = (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else 0
+            self.text.set_text(f"frame {game.count:4d}   {rate:4.1f} frames/s   {words}")
         canvas = self.figure.canvas
         if self.background is None or not canvas.supports_blit:
             canvas.draw_idle()
         else:
-            self.draw_moving()
-            line = self.text.get_window_extent()
-            line.x1 = self.figure.bbox.x1                       # to the right edge: the last line may have been longer
-            for box in [line, *(artist.axes.bbox for artist in self.moving if artist.axes)]:
+            for box in self.draw_pictures() + (self.draw_line() if due else []):
                 canvas.blit(box)
 
-    def draw_moving(self):
-        """Only what moves is drawn anew, over a copy of the still background (blitting)."""
-        self.figure.canvas.restore_region(self.background)
-        for artist in self.moving:
-            (artist.axes or self.figure).draw_artist(artist)
+    def draw_pictures(self):
+        """Straight into the renderer, which is told each pixel of the window: to resample it takes matplotlib ten times as long. Where was drawn."""
+        for axes, frame in self.pictures:
+            left, bottom, right, top = axes.bbox.extents.round().astype(int)
+            self.renderer.draw_image(self.renderer.new_gc(), left, bottom, enlarged(frame, top - bottom, right - left))
+        return [axes.bbox for axes, _ in self.pictures]
 
-    def on_draw(self, _):
-        self.background = self.figure.canvas.copy_from_bbox(self.figure.bbox)
-        self.draw_moving()
+    def draw_line(self):
+        """The line of words, over a copy of the still background (blitting)."""
+        self.figure.canvas.restore_region(self.background)
+        self.figure.draw_artist(self.text)
+        return [self.line]
+
+    def on_draw(self, event):
+        self.renderer = event.renderer
+        self.line = self.text.get_window_extent().padded(2)
+        self.line.x0, self.line.x1 = self.figure.bbox.intervalx # to the right edge: the last line may have been longer
+        self.background = self.figure.canvas.copy_from_bbox(self.line)
+        self.draw_pictures()
+        self.draw_line()
 
     def record(self):
         if self.film is None:
@@ -398,8 +410,15 @@ class Window:
 
 
 def rgba(frame):
-    """A frame (H, W, 3) in [0, 1] as bytes (H, W, 4): matplotlib draws these in half the time."""
+    """A frame (H, W, 3) in [0, 1] as bytes (H, W, 4): red, green, blue, opaque."""
     return np.pad((np.clip(frame, 0, 1) * 255).astype(np.uint8), ((0, 0), (0, 0), (0, 1)), constant_values=255)
+
+
+def enlarged(frame, height, width):
+    """A frame (H, W, 3) in [0, 1] as bytes (height, width, 4), without smoothing, the lowest row first, as matplotlib's renderers take it."""
+    rows, columns = np.arange(height)[::-1] * len(frame) // height, np.arange(width) * frame.shape[1] // width
+    pixels = rgba(frame).view(np.uint32)[..., 0]                # (H, W): the four bytes of a pixel travel together
+    return pixels[rows[:, None], columns].view(np.uint8).reshape(height, width, 4)
 
 
 # ------------------------------------------------------------------------------------------------ without a window

@@ -1345,11 +1345,17 @@ def test_window_obeys_keys(world, monkeypatch):
         window.tick()
     assert game.count == 3 and not np.array_equal(first, game.frame)
     third = game.frame.copy()
+    screen, middles = np.asarray(window.figure.canvas.buffer_rgba()), lambda a, b, n: (a + (np.arange(n) + 0.5) * (b - a) / n).astype(int)
+    left, bottom, right, top = window.view.bbox.extents
+    seen = screen[middles(len(screen) - top, len(screen) - bottom, 64)[:, None], middles(left, right, 64), :3]
+    assert np.array_equal(seen, play.rgba(third)[..., :3]), "the window shows the frame, pixel by pixel, the right way up"
+    assert "code 3" in window.text.get_text()
     window.tick()
     key("u")
     assert game.count == 3 and np.array_equal(game.frame, third) and window.paused
     window.tick()
     assert game.count == 3, "paused"
+    assert "frame    3" in window.text.get_text() and "paused" in window.text.get_text()
     key("b")
     assert game.count == 3 and np.array_equal(game.frame, third), "looking at every button moves nothing"
     key("g")
@@ -1357,7 +1363,7 @@ def test_window_obeys_keys(world, monkeypatch):
     key("r")
     assert game.count == 0 and np.array_equal(game.frame, first)
     key("s")
-    window.on_mouse(SimpleNamespace(inaxes=window.view.axes, button=1, xdata=20.2, ydata=9.6))
+    window.on_mouse(SimpleNamespace(inaxes=window.view, button=1, xdata=20.2, ydata=9.6))
     window.tick()
     assert game.count == 0 and np.array_equal(game.frame, first), "a sketch waits until it is done"
     drawn = window.sketch.copy()
