@@ -846,8 +846,8 @@ def main(argv=None):
         import matplotlib.pyplot as plt
         if plt.get_backend().lower() == "webagg" and not importlib.util.find_spec("tornado"):
             stop("the window in a browser needs the package tornado: pip install tornado")
-        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg"):            # matplotlib found no display, or was told to use none
-            print("no display: playing a scripted sequence instead", file=sys.stderr)
+        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg"):            # matplotlib found no display or toolkit, or was told to use none
+            print("no window can be opened (no display, or no GUI toolkit: on Linux, install python3-tk): playing a scripted sequence instead", file=sys.stderr)
             args.script = True
     play_script(game, supply, args) if args.script else Window(game, supply, args).run()
 
