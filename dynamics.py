@@ -32,7 +32,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
 from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model, make_optimizer, parallel,
-                      parser, patchify, perplexity, prepare_blocks, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
+                      parser, patchify, perplexity, prepare_blocks, pyplot_for_files, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
 
 FLAWS = ("none",
          "late",            # in training, every action is attached to the frame after the one that it leads to
@@ -220,17 +220,17 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     then their order is settled beforehand, and a token is drawn only when its turn has come: for the others it would be in vain.
     """
     z = torch.full((B, 1, N), MASK, device=device)
-    everywhere, turn = torch.arange(N, device=device).expand(z.shape), torch.rand(z.shape, device=device).argsort(-1)
+    everywhere, shuffled = torch.arange(N, device=device).expand(z.shape), torch.rand(z.shape, device=device).argsort(-1)
     done = 0
     for s in range(steps):
         keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))    # so many are committed after this step:
         keep = min(N, max(done + 1, keep))                               # one more at least (25 steps of 64 tokens begin 1, 1, 2)
-        place = turn[..., done:keep] if order == "random" else everywhere
+        place = shuffled[..., done:keep] if order == "random" else everywhere
         logits = predict(z, place).float()                               # (B, 1, n, K)
         if temperature > 0:
             upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k), up to 1, give or take rounding
-            luck = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]         # one random number a token is enough
-            drawn = torch.searchsorted(upto, luck).squeeze(-1)
+            u = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]            # one random number a token is enough
+            drawn = torch.searchsorted(upto, u).squeeze(-1)
         else:
             drawn = logits.argmax(-1)                                    # (B, 1, n)
         if order == "confidence":
@@ -396,9 +396,7 @@ def evaluate(dynamics, args, tokenizer, lam):
 
 def curve(dynamics, tokenizer, lam, args):
     """How control fades: PSNR with inferred actions, random ones and the prompt kept, up to 16 frames ahead. Writes the picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot_for_files()
     frames = min(16, max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) - 1)
     data = Clips(args.data, "valid", frames + 1, args.device)
     x = data.at(data.spread(min(32, args.scored)))
@@ -480,7 +478,7 @@ def encode(data, tokenizer, lam, args):
     tokens_of, actions_of = [*frames, fingerprint(tokenizer)], [*frames, fingerprint(lam)] if lam else []
     new_tokens, new_actions = kept.get("tokens_of") != tokens_of, kept.get("actions_of") != actions_of
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device) if new_tokens else kept["tokens"]
-    a = torch.zeros(len(data.frames), dtype=torch.short, device=data.device) if new_actions else kept["actions"]
+    a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device) if new_actions else kept["actions"]     # -1: leads nowhere
     if not new_tokens and (lam is None or not new_actions):
         return z, a
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
 from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, command, counts, make_optimizer,
-                      parallel, parser, patchify, perplexity, prepare_blocks, save_figure, schedule, settle, stop, unpatchify, write_json)
+                      parallel, parser, patchify, perplexity, prepare_blocks, pyplot_for_files, save_figure, schedule, settle, stop, unpatchify, write_json)
 
 FLAWS = ("none",
          "blind",           # the encoder looks one transition back: a_t is computed without x_{t+1}
@@ -284,13 +284,11 @@ def evaluate(lam, args):
 def picture(lam, path, x, a, known):
     """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons (where nobody
     knows them: what it draws that the others do not), what the decoder makes of one frame under it, and examples."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot_for_files()
     K, shown = len(lam.vq.codebook), 4
     moved = displacement(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)).view(*a.shape, 2).float().cpu()
     figure, axes = plt.subplots(K, 3 + shown, figsize=(2.2 * (3 + shown), 1.3 * K), width_ratios=[1, 1.5, 1] + [2] * shown, squeeze=False)
-    start = x[:1, :3].expand(K, -1, -1, -1, -1)                          # (K, 3, H, W, C)
+    start = x[:1, :3].expand(K, -1, -1, -1, -1)                          # (K, min(T, 3), H, W, C): as in the clip so far, then every code
     codes = torch.cat([a[:1, :2].expand(K, -1), torch.arange(K, device=a.device)[:, None]], 1)
     drawn = lam.decode(start, codes)[:, -1]
     for k, row in enumerate(axes):

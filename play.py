@@ -27,6 +27,7 @@ import io
 import itertools
 import json
 import pickle
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,11 +43,12 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
-from st_block import (SIZES, check_compiler, command, find_device, fingerprint, load_model, memory, read_checkpoint, save_picture, seconds, stop,
-                      write_atomically, write_gif, write_json)
+from st_block import (SIZES, check_compiler, command, find_device, fingerprint, load_model, memory, pyplot_for_files, read_checkpoint, save_picture, seconds,
+                      stop, write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
 ARROWS = ("left", "right", "up", "down")
+WINDOWS = ("tkagg", "qtagg", "qt5agg", "gtk3agg", "gtk4agg", "wxagg", "macosx", "webagg")    # what matplotlib can open a window by, and Window draws into
 
 
 # ------------------------------------------------------------------------------------------------ the game behind the window
@@ -64,10 +66,10 @@ class Game:
         self.down = None                                        # that of the down arrow, which the built-in game has no use for
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
-        self.pictures = self.tokenizer.decoder.new_cache(1)     # the decoder's own memory of the frames it drew
+        self.decoder_cache = self.tokenizer.decoder.new_cache(1)        # the decoder's own memory of the frames it drew
         if args.compile == "on":                                # a frame is hundreds of small operations: each pass in one graph
             how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
-            for cache in (self.world.cache, self.pictures):     # a CUDA graph may write only to what stays in its place
+            for cache in (self.world.cache, self.decoder_cache):        # a CUDA graph may write only to what stays in its place
                 for kept in cache.k + cache.v:
                     torch._dynamo.mark_static_address(kept)
             self.dynamics.features = torch.compile(self.dynamics.features, **how)
@@ -88,7 +90,7 @@ class Game:
         One frame does not tell how fast things move, and a prompt is a picture, at rest: so, where the LAM has a code for that,
         it is shown twice, with that code in between."""
         self.first, self.first_state = frame, true and true.save()
-        self.pictures.clear()
+        self.decoder_cache.clear()
         frames = 1 if self.still is None else 2
         z = self.tokenizer.encode(frame.expand(1, frames, -1, -1, -1).to(self.device))      # (1, 1 or 2, N)
         self.world.prompt(z, torch.full((1, frames - 1), self.still or 0, device=self.device))
@@ -105,14 +107,14 @@ class Game:
         self.reset(self.first, self.true)
 
     def draw(self, z):
-        x = self.tokenizer.decode(z, self.pictures)
-        self.pictures.advance()
+        x = self.tokenizer.decode(z, self.decoder_cache)
+        self.decoder_cache.advance()
         return x[0, 0].cpu().numpy()                            # (H, W, C)
 
     @torch.inference_mode()
     def press(self, code, button=None):
         """Advance one frame under latent action `code` (from 0); the true game, if any, under `button`."""
-        self.undo = self.undo[-31:] + [(self.world.snapshot(), self.pictures.snapshot(), self.frame,
+        self.undo = self.undo[-31:] + [(self.world.snapshot(), self.decoder_cache.snapshot(), self.frame,
                                         self.true and self.true.save())]
         self.frame = self.draw(self.world.step(torch.tensor([code], device=self.device)))
         if self.true and button is not None:
@@ -125,7 +127,7 @@ class Game:
         if self.undo:
             past, drawn, self.frame, true = self.undo.pop()
             self.world.restore(past)
-            self.pictures.restore(drawn)
+            self.decoder_cache.restore(drawn)
             if self.true:
                 self.true.restore(true)
             self.count -= 1
@@ -133,12 +135,12 @@ class Game:
     @torch.inference_mode()
     def every_button(self):
         """The next frame under each code, from here, without moving on: (K, H, W, C)."""
-        past, drawn = self.world.snapshot(), self.pictures.snapshot()
+        past, drawn = self.world.snapshot(), self.decoder_cache.snapshot()
         frames = []
         for k in range(self.K):
             frames.append(self.draw(self.world.step(torch.tensor([k], device=self.device))))
             self.world.restore(past)
-            self.pictures.restore(drawn)
+            self.decoder_cache.restore(drawn)
         return np.stack(frames)
 
 
@@ -228,6 +230,7 @@ class Window:
         self.held, self.released, self.paused, self.film, self.times = {}, {}, False, None, []
         self.sketch, self.ink = None, np.ones(3, np.float32)
         game.reset(*next(supply))
+        self.grey = rgba(game.frame * 0 + 0.1)
         two = game.true is not None
         for name in [k for k in plt.rcParams if k.startswith("keymap.")]:
             plt.rcParams[name] = []                             # the toolbar's shortcuts would swallow our keys
@@ -251,10 +254,11 @@ class Window:
         connect("draw_event", self.on_draw)
 
     def image(self, cell, title, size=10, moving=True):
+        """Axes for pictures. moving: this grey one is never drawn (see draw_pictures); it gives the axes their shape, and the mouse its pixels."""
         ax = self.figure.add_subplot(cell)
         ax.set_xticks([]), ax.set_yticks([])
         ax.set_title(title, color="#c8c8d0", fontsize=size)
-        return ax.imshow(rgba(self.game.frame * 0 + 0.1), interpolation="nearest", animated=moving)
+        return ax.imshow(self.grey, interpolation="nearest", animated=moving)
 
     def label(self, code):
         """`3` or `3 right`: a code's key, and the button that it stands for."""
@@ -275,17 +279,17 @@ class Window:
             self.sketch = None                                  # these go to another frame than the one drawn on
         if key in ARROWS or key in self.codes:
             self.held[key] = True
-        elif key in ("r", "n"):
+            return                                              # the next beat shows it: a key held down comes here 30 times a second
+        if key in ("r", "n"):
             game.restart() if key == "r" else game.reset(*next(self.supply))
+            self.show_strip()
         elif key == " ":
             self.paused = not self.paused
         elif key == "u":
             self.paused = True
             game.take_back()
         elif key == "b":
-            for image, frame in zip(self.strip, game.every_button()):
-                image.set_data(rgba(frame))
-            self.background = None                              # the strip is part of it
+            self.show_strip(game.every_button())
         elif key == "g":
             self.record()
         elif key == "s":
@@ -294,13 +298,17 @@ class Window:
             else:
                 game.reset(torch.from_numpy(self.sketch))
                 self.sketch = None
+                self.show_strip()
         elif key == "q":
             self.plt.close(self.figure)
+            if self.plt.get_backend().lower() == "webagg":
+                signal.raise_signal(signal.SIGINT)              # or its server would go on
             return
         self.show()
 
     def on_release(self, event):
-        self.released[event.key] = time.time()                  # a key that repeats is released and pressed again at once
+        key = (event.key or "").rpartition("+")[2]              # "shift+right": shift is still down
+        self.released[key] = time.time()                        # a key that repeats is released and pressed again at once
 
     def on_mouse(self, event):
         if self.sketch is not None and event.inaxes is self.view and event.button:
@@ -339,6 +347,8 @@ class Window:
             self.times = self.times[-20:] + [time.time()]
             if self.film is not None:
                 self.film.append(self.game.frame)
+        else:
+            self.times = []                                     # a pause is no slow frame
         if choice or self.shown:
             self.show(choice)
 
@@ -360,23 +370,31 @@ class Window:
         if self.background is None or not canvas.supports_blit:
             canvas.draw_idle()
         else:
-            for box in self.draw_pictures() + (self.draw_line() if due else []):
-                canvas.blit(box)
+            self.draw_pictures()
+            if due:
+                self.draw_line()
+            for box in [axes.bbox for axes, _ in self.pictures] + [self.line] * due:
+                canvas.blit(box.padded(4))                      # Qt leaves out fractions of a pixel
 
     def draw_pictures(self):
-        """Straight into the renderer, which is told each pixel of the window: to resample it takes matplotlib ten times as long. Where was drawn."""
+        """Straight into the renderer, which is told each pixel of the window: to resample it takes matplotlib ten times as long."""
         for axes, frame in self.pictures:
             left, bottom, right, top = axes.bbox.extents.round().astype(int)
             self.renderer.draw_image(self.renderer.new_gc(), left, bottom, enlarged(frame, top - bottom, right - left))
-        return [axes.bbox for axes, _ in self.pictures]
 
     def draw_line(self):
         """The line of words, over a copy of the still background (blitting)."""
         self.figure.canvas.restore_region(self.background)
         self.figure.draw_artist(self.text)
-        return [self.line]
+
+    def show_strip(self, frames=None):
+        """What every button would do now, or grey: nobody has asked yet."""
+        for k, image in enumerate(self.strip):
+            image.set_data(self.grey if frames is None else rgba(frames[k]))
+        self.background = None                                  # the strip is part of it
 
     def on_draw(self, event):
+        """All but what is animated was drawn anew (at first, resized, the strip), and is not on the screen yet: that comes on top now."""
         self.renderer = event.renderer
         self.line = self.text.get_window_extent().padded(2)
         self.line.x0, self.line.x1 = self.figure.bbox.intervalx # to the right edge: the last line may have been longer
@@ -756,13 +774,12 @@ def bench(game, supply, args):
         print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 3),
                               ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
-    import matplotlib
-    matplotlib.use("Agg", force=True)
+    pyplot_for_files()
     window = Window(game, supply, args)
     window.figure.canvas.draw()
     window.held["1"] = True
     pixels = "x".join(map(str, window.figure.canvas.get_width_height()))
-    print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40 if fast < 1 else 2), 1), window=pixels, **about)))
+    print(json.dumps(dict(maskgit_steps=args.maskgit, frames_per_second_drawn=round(1 / seconds(window.tick, 40 if fast < 1 else 2), 1), pixels=pixels, **about)))
     game.restart()
     for upto in (20, 200, 2000) if fast < 1 else ():
         for i in tqdm(range(game.count, upto), desc="playing on", disable=upto < 2000, dynamic_ncols=True):
@@ -843,10 +860,15 @@ def main(argv=None):
     if args.score:
         return score(game, supply, args)
     if not args.script:
-        import matplotlib.pyplot as plt
-        if plt.get_backend().lower() == "webagg" and not importlib.util.find_spec("tornado"):
-            stop("the window in a browser needs the package tornado: pip install tornado")
-        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg"):            # matplotlib found no display or toolkit, or was told to use none
+        try:
+            import matplotlib.pyplot as plt
+            backend = plt.get_backend()
+            if backend.lower() == "webagg" and not importlib.util.find_spec("tornado"):
+                stop("the window in a browser needs the package tornado: pip install tornado")
+            plt.switch_backend(backend)
+        except (ImportError, ValueError):                       # MPLBACKEND names one that does not work here, as a notebook's may
+            backend = "none"
+        if backend.lower() not in WINDOWS:
             print("no window can be opened (no display, or no GUI toolkit: on Linux, install python3-tk): playing a scripted sequence instead", file=sys.stderr)
             args.script = True
     play_script(game, supply, args) if args.script else Window(game, supply, args).run()

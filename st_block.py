@@ -309,13 +309,13 @@ class VectorQuantizer(nn.Module):
         where the best of them ends, if the mean squared distance of z to it is clearly lower there than where it would end itself.
         Returns both distances. Draws no number from torch's generator: where nothing moves, training goes on as without."""
         z, K, ends = self.norm(z.float()), len(self.codebook), []
-        luck = torch.Generator(z.device).manual_seed(0)
+        generator = torch.Generator(z.device).manual_seed(0)
         for t in range(tries + 1):
-            e = self.codebook if t == 0 else z[torch.randint(len(z), (1,), generator=luck, device=z.device)]
+            e = self.codebook if t == 0 else z[torch.randint(len(z), (1,), generator=generator, device=z.device)]
             while len(e) < K:                                                    # one more, likely far from all so far
                 far = torch.cdist(z, e).amin(1).square()
                 far = far if far.sum() > 0 else torch.ones_like(far)             # fewer than K different vectors: any
-                e = torch.cat([e, z[torch.multinomial(far, 1, generator=luck)]])
+                e = torch.cat([e, z[torch.multinomial(far, 1, generator=generator)]])
             for _ in range(rounds):
                 index = torch.cdist(z, e).argmin(1)
                 n = counts(index, K)                                             # (K,)
@@ -393,6 +393,7 @@ def parser(doc, knobs, **choices):
 def find_device(name):
     """The torch.device of --device; without one, the GPU if there is one. On a GPU, products of fp32 matrices are done in TF32 from
     here on: 3 decimal digits instead of 7."""
+    device = name
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:         # torchrun: a GPU for each process
@@ -402,7 +403,7 @@ def find_device(name):
             torch.set_float32_matmul_precision("high")
         return device
     except (RuntimeError, AssertionError) as e:
-        stop(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+        stop(f"--device {device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
 
 
 def settle(args, stage):
@@ -755,6 +756,15 @@ def save_picture(path, image, title):
     pixels = (image.clamp(0, 1) * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
     write_atomically(path, lambda f: imageio.imwrite(f, pixels, format="png"))
     print(f"{path}: {title}")
+
+
+def pyplot_for_files():
+    """matplotlib.pyplot, to draw into files alone, whatever window the shell or a notebook asks for (MPLBACKEND, which may name one that is not there)."""
+    os.environ["MPLBACKEND"] = "Agg"
+    import matplotlib
+    matplotlib.use("Agg", force=True)
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def save_figure(path, figure, title):
