@@ -32,7 +32,8 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
 from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model, make_optimizer, parallel,
-                      parser, patchify, perplexity, prepare_blocks, pyplot_for_files, read_checkpoint, save_figure, save_picture, schedule, settle, stop, unpatchify, write_atomically, write_gif)
+                      parser, patchify, perplexity, prepare_blocks, pyplot_for_files, read_checkpoint, save_figure, save_picture, schedule,
+                      settle, stop, unpatchify, write_atomically, write_gif)
 
 FLAWS = ("none",
          "late",            # in training, every action is attached to the frame after the one that it leads to
@@ -465,7 +466,7 @@ def begin_lam(args):
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
     so doing it in every step would only repeat it (nearly: a clip's first frame has no past, which changes 1 token in 1,000).
-    Action f leads from frame f to f+1. Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
+    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
     300, and play does not infer any. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
     path, about, kept = args.run / "tokens.pt", data.path.stat(), {}
@@ -478,7 +479,7 @@ def encode(data, tokenizer, lam, args):
     tokens_of, actions_of = [*frames, fingerprint(tokenizer)], [*frames, fingerprint(lam)] if lam else []
     new_tokens, new_actions = kept.get("tokens_of") != tokens_of, kept.get("actions_of") != actions_of
     z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device) if new_tokens else kept["tokens"]
-    a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device) if new_actions else kept["actions"]     # -1: leads nowhere
+    a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device) if new_actions else kept["actions"]
     if not new_tokens and (lam is None or not new_actions):
         return z, a
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros

@@ -244,7 +244,8 @@ class Window:
         say = lambda y, text, **how: self.figure.text(0.02, y, text, color="#c8c8d0", fontsize=9, family="monospace", **how)
         say(0.012, f"arrows / 1-{len(self.codes)}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
         self.text = say(0.045, "frame", animated=True)
-        self.pictures, self.words, self.said, self.shown = [], None, 0.0, None
+        self.pictures, self.shown = [], None                    # on the screen: frames and their axes, the choice that led to them,
+        self.words, self.said = None, 0.0                       # the words below them, and when these were written
         self.background = None
         connect = self.figure.canvas.mpl_connect
         connect("key_press_event", self.on_press)
@@ -254,7 +255,7 @@ class Window:
         connect("draw_event", self.on_draw)
 
     def image(self, cell, title, size=10, moving=True):
-        """Axes for pictures. moving: this grey one is never drawn (see draw_pictures); it gives the axes their shape, and the mouse its pixels."""
+        """A grey picture in axes of its own. moving: it is never drawn (see draw_pictures), and only gives the axes their shape, and the mouse its pixels."""
         ax = self.figure.add_subplot(cell)
         ax.set_xticks([]), ax.set_yticks([])
         ax.set_title(title, color="#c8c8d0", fontsize=size)

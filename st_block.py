@@ -760,9 +760,9 @@ def save_picture(path, image, title):
 
 def pyplot_for_files():
     """matplotlib.pyplot, to draw into files alone, whatever window the shell or a notebook asks for (MPLBACKEND, which may name one that is not there)."""
-    os.environ["MPLBACKEND"] = "Agg"
+    os.environ["MPLBACKEND"] = "Agg"                             # read when matplotlib is first imported;
     import matplotlib
-    matplotlib.use("Agg", force=True)
+    matplotlib.use("Agg", force=True)                            # after that, this counts
     import matplotlib.pyplot as plt
     return plt
 
