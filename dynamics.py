@@ -466,8 +466,8 @@ def begin_lam(args):
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
     so doing it in every step would only repeat it (nearly: a clip's first frame has no past, which changes 1 token in 1,000).
-    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens in fp32, as in play, where 5 % of them would be others in bf16; of the actions, 1 in
-    300, and play does not infer any. lam=None: no actions.
+    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens in fp32, as in play, where 5 % of them would be
+    others in bf16; of the actions, 1 in 300, and play does not infer any. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
     path, about, kept = args.run / "tokens.pt", data.path.stat(), {}
     if path.exists():
