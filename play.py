@@ -68,7 +68,8 @@ class Game:
         self.world = World(self.dynamics, **sampling)
         self.decoder_cache = self.tokenizer.decoder.new_cache(1)        # the decoder's own memory of the frames it drew
         if args.compile == "on":                                # a frame is hundreds of small operations: each pass in one graph
-            how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            gpu = self.device.type == "cuda"                    # there as a CUDA graph; on a CPU, weights are packed once, not in every product
+            how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None, options=None if gpu else {"freezing": True})
             for cache in (self.world.cache, self.decoder_cache):        # a CUDA graph may write only to what stays in its place
                 for kept in cache.k + cache.v:
                     torch._dynamo.mark_static_address(kept)
@@ -755,8 +756,9 @@ def score(game, supply, args):
 @torch.inference_mode()
 def bench(game, supply, args):
     """Frames/s, decoding included: with the cache, and without it, where every MaskGIT step and the decoder compute the whole window
-    of frames anew; taken in turns, since machines have moods (a frame of more than a second: once). Then with the window drawn (off
-    screen), and the cost of a frame as the session grows. One JSON line a row."""
+    of frames anew; taken in turns, since machines have moods (a frame of more than a second: once). With the cache, also the milliseconds
+    of a frame, of its decoding, and of a MaskGIT step, among which all the rest is shared out. Then with the window drawn (off screen),
+    and the cost of a frame as the session grows. One JSON line a row."""
     d = game.dynamics
     past = torch.randint(d.K, (1, d.transformer.window - 1, d.N), device=game.device)
     codes = torch.zeros(1, past.size(1), dtype=torch.long, device=game.device)
@@ -766,14 +768,16 @@ def bench(game, supply, args):
     for steps in (1, 4, 8, 25):
         game.world.steps = steps
         sampling = sampling_of(args) | dict(steps=steps)
-        press = lambda: game.press(0)
+        press, decode = lambda: game.press(0), lambda: game.draw(game.world.last)
         whole = lambda: game.tokenizer.decode(rollout(d, past, codes, cached=False, **sampling))[0, -1].cpu()
         if steps == 1:
             fast, slow = seconds(press, 1), seconds(whole, 1)
-        rows = [(seconds(press, 9 if fast < 1 else 1), seconds(whole, 3 if slow < 1 else 1)) for _ in range(5 if slow < 1 else 1)]
-        fast, slow = (sorted(column)[len(rows) // 2] for column in zip(*rows))
-        print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), uncached=round(1 / slow, 3),
-                              ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
+        n, rounds = 9 if fast < 1 else 1, 5 if slow < 1 else 1
+        rows = [(seconds(press, n), seconds(decode, n), seconds(whole, 3 if slow < 1 else 1)) for _ in range(rounds)]
+        fast, decoding, slow = (sorted(column)[rounds // 2] for column in zip(*rows))
+        milliseconds = dict(frame=1000 * fast, decoding=1000 * decoding, maskgit_step=1000 * (fast - decoding) / steps)
+        print(json.dumps(dict(maskgit_steps=steps, frames_per_second=round(1 / fast, 1), milliseconds={k: round(v, 2) for k, v in milliseconds.items()},
+                              uncached=round(1 / slow, 3), ratio=round(slow / fast, 1), window=d.transformer.window, **about)), flush=True)
     game.world.steps = args.maskgit
     pyplot_for_files()
     window = Window(game, supply, args)

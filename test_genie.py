@@ -1529,9 +1529,10 @@ def test_loss_compiles_once_whatever_is_masked():
     assert seen == [1, 1, 1], seen
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_playing_compiles_once_however_long():
-    """One graph a model: the prompt, of one frame or two, meets every shape and stride there is; nothing after it compiles more."""
+    """One graph a model: the prompt, of one frame or two, meets every shape and stride there is; nothing after it compiles more. And
+    what it computes, from packed weights, is what the uncompiled model computes."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
     counted.counters.clear()
@@ -1543,6 +1544,11 @@ def test_playing_compiles_once_however_long():
             game.press(3)
         game.every_button(), game.take_back(), game.press(1), game.restart(), game.press(1)
         assert counted.counters["stats"]["unique_graphs"] == 2, "the dynamics' and the decoder's"
+    d, t, w, z = game.dynamics, game.tokenizer, game.world, torch.randint(game.dynamics.K, (1, 1, game.dynamics.N))
+    seen = z, d.vectors(torch.tensor([[3]])), d.paint(w.last)
+    torch.testing.assert_close(w.see(*seen), type(d).features(d, *seen, cache=w.cache), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(t.decode(z, game.decoder_cache), type(t).decode(t, z, game.decoder_cache), atol=1e-4, rtol=1e-4)
+    assert counted.counters["stats"]["unique_graphs"] == 2
 
 
 def test_bench_counts_the_arithmetic_of_a_step(platformer, tmp_path):
