@@ -77,7 +77,7 @@ class Prior(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, buttons)
-        self.register_buffer("came", torch.zeros(buttons, 101))          # its chance when it came: see `chances`
+        self.register_buffer("came", torch.zeros(buttons + 1, buttons, 101))     # after one code, another: its chance when it came, see `chances`
         self.begin()
 
     def begin(self):
@@ -265,24 +265,24 @@ class World:
         self.cache = dynamics.transformer.new_cache(B)
         e = F.normalize(dynamics.buttons, dim=-1, eps=1.0)               # "nothing" is next to 0: it points nowhere
         self.alike = 2 * e @ e.T                                         # (buttons, buttons): 2 cos(a, b), see `possible`
-        self.floor = dynamics.prior.came[:, round(1000 * least)]         # (buttons,)
+        self.floor = dynamics.prior.came[..., round(1000 * least)]       # (buttons + 1, buttons)
 
     def see(self, z, e, canvas):
         """One pass of a frame z (B, 1, N), with holes or without: its features (B, 1, N, D)."""
         return self.dynamics.features(z, e, canvas, cache=self.cache)
 
-    def advance(self, z, last, e):
-        """Frame z is done, drawn over frame `last` (B, 1, N) under action e (B, 1, D): what may come next, (B, buttons)?"""
-        self.last, self.likely = z, self.dynamics.prior(z, last, e)[:, 0].softmax(-1)
+    def advance(self, z, last, e, played):
+        """Frame z is done, drawn over frame `last` (B, 1, N) under action e (B, 1, D), of code `played` (B,): what may come next, (B, buttons)?"""
+        self.last, self.played, self.likely = z, played, self.dynamics.prior(z, last, e)[:, 0].softmax(-1)
         self.cache.advance()
 
     def possible(self, a):
         """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
         something. So a code becomes another where the prior expects it less than in all but a share `least` of the moments at which it
-        did come (conformal prediction, Vovk et al. 2005): rare is not impossible, and each code is measured by itself. What did the
-        player mean? Something likely that points the same way in the LAM's codebook: Bayes' rule, where meaning b and saying a has
-        odds of exp(2 cos(a, b))."""
-        rare = (self.likely < self.floor) & (self.likely < self.likely.amax(-1, keepdim=True))   # (B, buttons), never all of them
+        did come after the code before (conformal prediction, Vovk et al. 2005): rare is not impossible, and who ran on a moment ago is
+        measured by those who run on. What did the player mean? Something likely that points the same way in the LAM's codebook: Bayes'
+        rule, where meaning b and saying a has odds of exp(2 cos(a, b))."""
+        rare = (self.likely < self.floor[self.played]) & (self.likely < self.likely.amax(-1, keepdim=True))    # (B, buttons), never all of them
         meant = (self.likely.log() + self.alike[a]).masked_fill(rare, -math.inf).argmax(-1)
         return torch.where(rare.gather(-1, a[:, None])[:, 0], meant, a)
 
@@ -292,28 +292,29 @@ class World:
         d = self.dynamics
         a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
         self.cache.clear()
-        for frame, last, e in zip(*map(frames_of, (z, d.before(z), d.actions(a)))):              # each (B, 1, ...)
+        played = F.pad(a, (1, 0), value=len(d.buttons))                  # (B, T): nothing led to the first, see `chances`
+        for frame, last, e, code in zip(*map(frames_of, (z, d.before(z), d.actions(a), played))):    # each (B, 1, ...)
             self.see(frame, e, d.paint(last))
-            self.advance(frame, last, e)
+            self.advance(frame, last, e, code[:, 0])
 
     @torch.no_grad()
     def step(self, a, film=None):
         """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
-        d, self.played = self.dynamics, self.possible(a)
-        e, canvas = d.vectors(self.played[:, None]), d.paint(self.last)                           # (B, 1, D), (B, 1, N, D)
+        d, a = self.dynamics, self.possible(a)
+        e, canvas = d.vectors(a[:, None]), d.paint(self.last)            # (B, 1, D), (B, 1, N, D)
         predict = lambda z, place: d.logits_at(place, self.see(z, e, canvas))
         z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
         if d.wants_whole_past:
             self.see(z, e, canvas)
-        self.advance(z, self.last, e)
+        self.advance(z, self.last, e, a)
         return z
 
     def snapshot(self):
         """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
-        return self.last, self.likely, self.cache.snapshot()
+        return self.last, self.played, self.likely, self.cache.snapshot()
 
     def restore(self, snapshot):
-        self.last, self.likely, cached = snapshot
+        self.last, self.played, self.likely, cached = snapshot
         self.cache.restore(cached)
 
 
@@ -537,21 +538,25 @@ def learn_prior(dynamics, tokens, actions, clips, args):
 
 @torch.no_grad()
 def chances(dynamics, tokens, actions, starts, frames):
-    """What chance does the prior give each code when it comes? A table (buttons, 101): column s is a chance that only s in 1,000 such
-    moments stay below (conformal prediction); 0 where there are too few to tell. A code that never came has 1 (but in column 0). From
-    clips that the prior did not learn from: what it has seen, it expects too surely."""
-    came, chance = [], []
+    """What chance does the prior give each code when it comes, after each other? A table (buttons + 1, buttons, 101): column s of (last, code)
+    is a chance that only s in 1,000 moments at which `code` followed `last` stay below (conformal prediction); 0 where there are too few to
+    tell. The last row is for frames that nothing led to. Pairs that came less than 100 times have what their code has after any other. A
+    code that never came has 1 (but in column 0). From clips that the prior did not learn from: what it has seen, it expects too surely."""
+    table, before, came, chance = torch.zeros_like(dynamics.prior.came), [], [], []
     starts = starts[::frames - 1]                                        # nearly every moment once
     for i in range(0, len(starts), 64):
         z, a = clips_of(tokens, actions, starts[i:i + 64], frames)       # (64, T, N), (64, T-1)
+        before.append(F.pad(a[:, :-1], (1, 0), value=len(table) - 1).flatten())
         came.append(a.flatten())
         chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
-    came, chance, table = torch.cat(came), torch.cat(chance), torch.zeros_like(dynamics.prior.came)
-    for code, row in enumerate(table):
-        mine = F.pad(chance[came == code].sort().values, (1, 0))         # (n + 1,), the first is 0
-        row[:] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]             # a new moment has each of n + 1 ranks alike
+    before, came, chance = map(torch.cat, (before, came, chance))
+    for last, code in np.ndindex(*table.shape[:2]):
+        mine = (came == code) & (before == last)
+        mine = chance[mine if mine.sum() >= 100 else came == code].sort().values
+        mine = F.pad(mine, (1, 0))                                       # (n + 1,), the first is 0
+        table[last, code] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]      # a new moment has each of n + 1 ranks alike
         if not (actions == code).any():
-            row[1:] = 1
+            table[last, code, 1:] = 1
     return table
 
 

@@ -568,16 +568,18 @@ def test_a_code_that_cannot_come_next_is_played_as_what_may_have_been_meant():
     m.buttons.zero_()
     m.buttons[:, :2] = 3 * torch.stack([angle.cos(), angle.sin()], 1)
     m.buttons[0] = 1e-9                                         # "nothing" points nowhere: it is not what is nearest to everything
-    def press(a, likely, least):
+    def press(a, likely, least, before=None):
         world = dyn.World(m, 2, steps=2, least=least)
-        world.prompt(z)
+        world.prompt(*((z,) if before is None else (z.repeat(1, 2, 1), torch.full((2, 1), before))))
         assert torch.allclose(world.likely.sum(-1), torch.ones(2))
         world.likely = torch.tensor(likely).expand(2, -1)
         torch.manual_seed(0)
         return world.step(torch.tensor(a)), world.played.tolist()
     rare = [0.2, 0.2, 0.2, 0.2, 0.001, 0.1, 0.098, 0.001]
-    m.prior.came[:, 10], m.prior.came[:, 20], m.prior.came[:, 30] = 0.03, torch.tensor([0, 0, 0, 0, 0, 0.3, 0, 0]), 1
+    m.prior.came[..., 10], m.prior.came[..., 20], m.prior.came[..., 30] = 0.03, torch.tensor([0, 0, 0, 0, 0, 0.3, 0, 0]), 1
+    m.prior.came[2, 4, 10] = 0.0005
     assert press([4, 1], rare, 0.01)[1] == [3, 1] and press([7, 7], rare, 0.01)[1] == [6, 6]
+    assert press([4, 7], rare, 0.01, before=1)[1] == [3, 6] and press([4, 7], rare, 0.01, before=2)[1] == [4, 6], "after 2, 4 does come with less"
     assert press([4, 7], rare, 0.0)[1] == [4, 7], "nobody asked"
     assert press([5, 4], rare, 0.02)[1] == [3, 4], "each code by its own measure: 5 comes with more than that, 4 with less"
     assert press([5, 6], rare, 0.03)[1] == [3, 3], "the likeliest of all are always possible"
@@ -623,7 +625,7 @@ def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
         world.prompt(names)
         assert world.likely.gather(1, 2 * (z[:, :1, 0] % 4) + torch.arange(2)).sum(1).mean() > 0.8, "play is told the same"
     came = m.prior.came
-    assert (came[:6] < 0.5).all() and came[6, 100] > 0.9 and came[7, 100] < 0.01, "of two, which? And 6 always comes. By clips that it never saw"
+    assert (came[:, :6] < 0.5).all() and (came[:, 6, 100] > 0.9).all() and (came[:, 7, 100] < 0.01).all(), "of two, which? And 6 always comes. By clips that it never saw"
     dyn.learn_prior(m, tokens, actions, clips, args)
     assert torch.equal(learned, m.prior.head.weight), "learned once more, as after --resume, it is the same to the bit"
 
@@ -632,15 +634,18 @@ def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
 def test_what_is_impossible_is_told_by_moments_at_which_a_code_came():
     """Of new moments at which it comes, as small a share as was asked for lies below; a few moments tell nothing."""
     m = small_dynamics()
-    actions = torch.zeros(1200, dtype=torch.long)
-    actions[:9], actions[1199] = 1, 2                           # 1 comes nine times, 2 once where nobody looks, 0 else, the others never
-    m.foresee = lambda z, a: torch.rand(*a.shape, 8).log_()     # chances before they are made to sum up to 1
-    table = dyn.chances(m, torch.zeros(1200, 16, dtype=torch.long), actions, np.arange(1197), 4)
-    new = torch.rand(20000, 8).log_().softmax(-1)[:, 0]
-    for share in (10, 50, 100):
-        assert (new < table[0, share]).float().mean().item() == pytest.approx(share / 1000, rel=0.4)
-    assert (table[1, :100] == 0).all() and table[1, 100] > 0, "nine moments tell nothing below one in ten"
-    assert (table[2] == 0).all() and (table[3:, 1:] == 1).all() and (table[:, 0] == 0).all()
+    actions = torch.randint(3, 5, (30000,))                     # 3 or 4, but ...
+    actions[:9], actions[29999] = 1, 2                          # 1 nine times, 2 once where nobody looks, the others never
+    luck = lambda last, *shape: torch.rand(*shape, 8).log_() - 2 * F.one_hot(last, 8)      # what has just come is expected less
+    m.foresee = lambda z, a: luck(F.pad(a[:, :-1], (1, 0)), *a.shape)
+    table = dyn.chances(m, torch.zeros(30000, 16, dtype=torch.long), actions, np.arange(29997), 4)
+    for last, code in ((3, 3), (3, 4), (4, 3), (4, 4)):
+        new = luck(torch.tensor(last), 20000).softmax(-1)[:, code]
+        for share in (10, 50, 100):
+            assert (new < table[last, code, share]).float().mean().item() == pytest.approx(share / 1000, rel=0.5)
+    assert torch.equal(table[0, 3], table[1, 3]) and (table[3, 3] <= table[0, 3]).all(), "what never came before 3 says nothing of it"
+    assert (table[:, 1, :100] == 0).all() and (table[:, 1, 100] > 0).all(), "nine moments tell nothing below one in ten"
+    assert (table[:, 2] == 0).all() and (table[:, [0, 5, 6, 7], 1:] == 1).all() and (table[..., 0] == 0).all()
 
 
 def test_undo_takes_back_step_after_step():
@@ -653,11 +658,11 @@ def test_undo_takes_back_step_after_step():
         return world.step(torch.tensor([i]))
     for i in range(6):
         kept.append(world.snapshot())
-        likely.append(world.likely)
+        likely.append((world.played, world.likely))
         drawn.append(step(i))
     for _ in range(6):
         world.restore(kept.pop())
-        assert torch.equal(world.likely, likely.pop())
+        assert all(map(torch.equal, (world.played, world.likely), likely.pop()))
     assert all(torch.equal(step(i), drawn[i]) for i in range(6))
 
 
