@@ -68,8 +68,7 @@ class Game:
         self.world = World(self.dynamics, **sampling)
         self.decoder_cache = self.tokenizer.decoder.new_cache(1)        # the decoder's own memory of the frames it drew
         if args.compile == "on":                                # a frame is hundreds of small operations: each pass in one graph
-            gpu = self.device.type == "cuda"                    # there as a CUDA graph; on a CPU, weights are packed once, not in every product
-            how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if gpu else None, options=None if gpu else {"freezing": True})
+            how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
             for cache in (self.world.cache, self.decoder_cache):        # a CUDA graph may write only to what stays in its place
                 for kept in cache.k + cache.v:
                     torch._dynamo.mark_static_address(kept)

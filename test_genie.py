@@ -1537,7 +1537,7 @@ def test_loss_compiles_once_whatever_is_masked():
 @torch.inference_mode()
 def test_playing_compiles_once_however_long():
     """One graph a model: the prompt, of one frame or two, meets every shape and stride there is; nothing after it compiles more. And
-    what it computes, from packed weights, is what the uncompiled model computes."""
+    what it computes is what the uncompiled model computes."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
     counted.counters.clear()
