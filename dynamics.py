@@ -279,8 +279,8 @@ class World:
     def possible(self, a):
         """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
         something. So a code becomes another where the prior expects it less than in all but a share `least` of the moments at which it
-        did come after the code before (conformal prediction, Vovk et al. 2005): rare is not impossible, and who ran on a moment ago is
-        measured by those who run on. What did the player mean? Something likely that points the same way in the LAM's codebook: Bayes'
+        did come after the code played last (conformal prediction, Vovk et al. 2005): rare is not impossible, and who ran on a moment ago
+        is measured by those who run on. What did the player mean? Something likely that points the same way in the LAM's codebook: Bayes'
         rule, where meaning b and saying a has odds of exp(2 cos(a, b))."""
         rare = (self.likely < self.floor[self.played]) & (self.likely < self.likely.amax(-1, keepdim=True))    # (B, buttons), never all of them
         meant = (self.likely.log() + self.alike[a]).masked_fill(rare, -math.inf).argmax(-1)
@@ -551,12 +551,13 @@ def chances(dynamics, tokens, actions, starts, frames):
         chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
     before, came, chance = map(torch.cat, (before, came, chance))
     for last, code in np.ndindex(*table.shape[:2]):
-        mine = (came == code) & (before == last)
-        mine = chance[mine if mine.sum() >= 100 else came == code].sort().values
-        mine = F.pad(mine, (1, 0))                                       # (n + 1,), the first is 0
+        pair = (came == code) & (before == last)
+        mine = chance[pair if pair.sum() >= 100 else came == code]
+        mine = F.pad(mine.sort().values, (1, 0))                         # (n + 1,), the first is 0
         table[last, code] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]      # a new moment has each of n + 1 ranks alike
+    for code in range(table.size(1)):
         if not (actions == code).any():
-            table[last, code, 1:] = 1
+            table[:, code, 1:] = 1
     return table
 
 

@@ -634,15 +634,15 @@ def test_prior_learns_what_can_come_next_by_what_tokens_look_like():
 def test_what_is_impossible_is_told_by_moments_at_which_a_code_came():
     """Of new moments at which it comes, as small a share as was asked for lies below; a few moments tell nothing."""
     m = small_dynamics()
-    actions = torch.randint(3, 5, (30000,))                     # 3 or 4, but ...
-    actions[:9], actions[29999] = 1, 2                          # 1 nine times, 2 once where nobody looks, the others never
+    actions = torch.randint(3, 5, (60000,))                     # 3 or 4, but ...
+    actions[:9], actions[59999] = 1, 2                          # 1 nine times, 2 once where nobody looks, the others never
     luck = lambda last, *shape: torch.rand(*shape, 8).log_() - 2 * F.one_hot(last, 8)      # what has just come is expected less
     m.foresee = lambda z, a: luck(F.pad(a[:, :-1], (1, 0)), *a.shape)
-    table = dyn.chances(m, torch.zeros(30000, 16, dtype=torch.long), actions, np.arange(29997), 4)
+    table = dyn.chances(m, torch.zeros(60000, 16, dtype=torch.long), actions, np.arange(59997), 4)
     for last, code in ((3, 3), (3, 4), (4, 3), (4, 4)):
         new = luck(torch.tensor(last), 20000).softmax(-1)[:, code]
         for share in (10, 50, 100):
-            assert (new < table[last, code, share]).float().mean().item() == pytest.approx(share / 1000, rel=0.5)
+            assert (new < table[last, code, share]).float().mean().item() == pytest.approx(share / 1000, rel=0.4)
     assert torch.equal(table[0, 3], table[1, 3]) and (table[3, 3] <= table[0, 3]).all(), "what never came before 3 says nothing of it"
     assert (table[:, 1, :100] == 0).all() and (table[:, 1, 100] > 0).all(), "nine moments tell nothing below one in ten"
     assert (table[:, 2] == 0).all() and (table[:, [0, 5, 6, 7], 1:] == 1).all() and (table[..., 0] == 0).all()
