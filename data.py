@@ -69,32 +69,27 @@ class Platformer:
         self.paint(rng)
         self.x, self.vx, self.vy, self.facing = 48 * TILE, 0, 0, 1
         self.y = (7 - self.ground[48]) * TILE
-        self.coins = self.coins_at_start.copy()
 
     def build(self, rng):
         """Ground heights, pits, floating bricks and coins; every rise to the right can be jumped (2 tiles = 16 of the
         jump's 20 pixels); to the left, out of a pit, not every one."""
-        self.solid = np.zeros((8, WIDTH), bool)
-        self.coins_at_start = np.zeros((8, WIDTH), bool)
-        self.ground = np.zeros(WIDTH, int)
-        self.is_pit = np.zeros(WIDTH, bool)
+        self.ground, self.is_pit = np.zeros(WIDTH, int), np.zeros(WIDTH, bool)
         c, height = 0, int(rng.integers(2, 4))
-        while c < WIDTH:
-            for _ in range(int(rng.integers(2, 7))):                     # a stretch of level ground
-                if c < WIDTH:
-                    self.ground[c], c = height, c + 1
-            what = rng.random()
-            if what < 0.35:                                              # a pit, with water or lava at the bottom
-                height = min(height, 3)
-                for _ in range(int(rng.integers(1, 4))):
-                    if c < WIDTH:
-                        self.ground[c], self.is_pit[c], c = 1, True, c + 1
-            height = int(np.clip(height + rng.choice([-2, -1, 1, 1, 2]), 2, 3 if c and self.is_pit[min(c, WIDTH) - 1] else 4))
+        while c < WIDTH:                                                 # (a slice ends where the level does)
+            n, highest = int(rng.integers(2, 7)), 4
+            self.ground[c:c + n] = height                                # a stretch of level ground
+            c += n
+            if rng.random() < 0.35:                                      # a pit, with water or lava at the bottom
+                n, height, highest = int(rng.integers(1, 4)), min(height, 3), 3
+                self.ground[c:c + n], self.is_pit[c:c + n] = 1, True
+                c += n
+            height = int(np.clip(height + rng.choice([-2, -1, 1, 1, 2]), 2, highest))
         self.ground[:4] = self.ground[-4:] = 8                           # walls at the two ends
         self.is_pit[:4] = self.is_pit[-4:] = False
-        self.ground[46:51], self.is_pit[46:51] = self.ground[46] if not self.is_pit[46] else 2, False
-        for c in range(WIDTH):
-            self.solid[8 - self.ground[c]:, c] = True
+        self.ground[46:51] = 2 if self.is_pit[46] else self.ground[46]   # level ground to begin on
+        self.is_pit[46:51] = False
+        earth = np.arange(8)[:, None] >= 8 - self.ground                 # (8, WIDTH)
+        self.solid = earth.copy()
         c = 6
         while c < WIDTH - 10:                                            # floating bricks, a tile of headroom beneath
             c, n = c + int(rng.integers(3, 9)), int(rng.integers(1, 4))
@@ -103,12 +98,13 @@ class Platformer:
                 row = max(3, top - int(rng.integers(2, 4)))             # not so high that a jump leaves the frame
                 self.solid[row, c:c + n] = True
             c += n
-        self.bricks = self.solid & (np.arange(8)[:, None] < 8 - self.ground)
+        self.bricks = self.solid & ~earth
+        self.coins = np.zeros((8, WIDTH), bool)
         for c in range(5, WIDTH - 5):                                    # coins lie one tile over whatever one stands on
             if rng.random() < 0.3 and c != 48:
                 row = int(np.argmax(self.solid[:, c])) - 1 - int(rng.integers(0, 2))
                 if row >= 1 and not self.solid[row, c]:
-                    self.coins_at_start[row, c] = True
+                    self.coins[row, c] = True
 
     def paint(self, rng):
         """The level without coins and player, once, as one long picture (64, 8 * WIDTH, 3); a frame is cut out of it."""
@@ -138,8 +134,14 @@ class Platformer:
         self.coin = np.zeros((TILE, TILE), bool)
         self.coin[1:7, 2:6] = self.coin[2:6, 1:7] = True
 
+    def tiles(self, x, y):
+        """Rows and columns of the level that the player covers with his upper left corner at pixel (x, y); above the frame, those of its top."""
+        y = max(y, 0)
+        return slice(y // TILE, (y + PLAYER_H - 1) // TILE + 1), slice(x // TILE, (x + PLAYER_W - 1) // TILE + 1)
+
     def hits(self, x, y):
-        return self.solid[max(y, 0) // TILE:(max(y, 0) + PLAYER_H - 1) // TILE + 1, x // TILE:(x + PLAYER_W - 1) // TILE + 1].any()
+        """Would he be in something solid there?"""
+        return self.solid[self.tiles(x, y)].any()
 
     def on_ground(self):
         return self.y >= VIEW - PLAYER_H or self.hits(self.x, self.y + 1)
@@ -168,7 +170,7 @@ class Platformer:
             self.vy = 0
         self.y = min(y, VIEW - PLAYER_H)
         if self.y >= 0:
-            self.coins[self.y // TILE:(self.y + PLAYER_H - 1) // TILE + 1, x // TILE:(x + PLAYER_W - 1) // TILE + 1] = False
+            self.coins[self.tiles(self.x, self.y)] = False
 
     def frame(self):
         """What the player sees: (64, 64, 3) uint8."""
@@ -190,7 +192,7 @@ class Platformer:
 
     def restore(self, state):
         self.x, self.y, self.vx, self.vy, self.facing, coins = state
-        self.coins = np.frombuffer(coins, bool).reshape(self.coins_at_start.shape).copy()
+        self.coins = np.frombuffer(coins, bool).reshape(self.coins.shape).copy()
 
     def visible(self):
         """All of the state that shows in a frame: two moments of a level with equal `visible` look the same."""
@@ -252,14 +254,18 @@ def build(root, overwrite, source, fill):
         stop(f"{root} already exists; choose another --name, or --overwrite it")
     if root.exists() and not (root / "meta.json").exists():
         stop(f"{root} is no data set, and will not be overwritten; choose another --name")
-    part = root.with_name(root.name + ".part")
+    place = root.resolve()                          # it may be a link to a larger disk
+    part, old = place.with_name(place.name + ".part"), place.with_name(place.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         meta = fill(part)
         write_atomically(part / "meta.json", lambda f: f.write(json.dumps(source | meta).encode()))
-        shutil.rmtree(root, ignore_errors=True)
-        os.replace(part, root)
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(place, old)
+        os.replace(part, place)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         stop(f"cannot write {root} ({e})")
     finally:
@@ -278,9 +284,8 @@ def build_platformer(root, episodes, frames, seed, overwrite):
                     f.write(video.tobytes())
                     played.append((pressed, same))
             lengths[split] = [frames] * count
-            actions[f"{split}_action"] = np.concatenate([p for p, _ in played])
-            actions[f"{split}_same"] = np.concatenate([s for _, s in played])
-            actions[f"{split}_seed"] = np.array(seeds)
+            pressed, same = map(np.concatenate, zip(*played))
+            actions |= {f"{split}_action": pressed, f"{split}_same": same, f"{split}_seed": np.array(seeds)}
         np.savez_compressed(folder / "true_actions.npz", **actions)
         same, pressed = actions["train_same"], actions["train_action"]
         shares = np.bincount(pressed, minlength=6) / len(pressed)
@@ -322,7 +327,7 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
 
     def fill(folder):
         lengths, skipped = {"train": [], "valid": []}, 0
-        with open(folder / "train.u8", "wb") as train, open(folder / "valid.u8", "wb") as valid:
+        with open(folder / "train.u8", "w+b") as train, open(folder / "valid.u8", "wb") as valid:
             for file in tqdm(files, desc="reading videos", unit="video", dynamic_ncols=True):
                 count, start, why = 0, train.tell(), ""
                 try:
@@ -340,14 +345,14 @@ def build_videos(root, videos, size, fps, shortest, overwrite):
                     train.truncate()
                     continue
                 held = max(count // 10, shortest) if count >= 2 * shortest else 0
-                train.flush()
-                with open(folder / "train.u8", "rb") as f:
-                    f.seek(start + (count - held) * size * size * 3)
-                    shutil.copyfileobj(f, valid)
-                train.seek(start + (count - held) * size * size * 3)
+                cut = start + (count - held) * size * size * 3           # in bytes: the frames after it are held out
+                train.seek(cut)
+                shutil.copyfileobj(train, valid)
+                train.seek(cut)
                 train.truncate()
                 lengths["train"].append(count - held)
-                lengths["valid"] += [held] * (held > 0)
+                if held:
+                    lengths["valid"].append(held)
         if not lengths["valid"]:
             stop(f"of {len(files)} videos in {videos}, {skipped} could not be used and none has {2 * shortest} frames, "
                  f"the least that gives both a training and a validation clip")
@@ -378,12 +383,12 @@ class Clips:
             frames = np.memmap(self.path, np.uint8, "r")
             self.frames = frames.reshape(-1, *shape)                             # (F, H, W, C)
             self.hash = hashlib.sha256(self.frames[:100].tobytes()).hexdigest()[:8]
+            if len(self.frames) != sum(lengths):
+                raise ValueError(f"{self.path.name} holds {len(self.frames)} frames, meta.json says {sum(lengths)}")
         except OSError:
             stop(f"{root} is no data set; make one with: python data.py" + (f" --videos FOLDER --name {root.name}" if root.name != "platformer" else ""))
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             stop(f"{root} is damaged ({e}); {AGAIN}")
-        if len(self.frames) != sum(lengths):
-            stop(f"{self.path} holds {len(self.frames)} frames, meta.json says {sum(lengths)}; {AGAIN}")
         ends = np.cumsum(lengths)
         self.episodes = [(e - n, e) for e, n in zip(ends, lengths) if n >= T]
         self.starts = np.concatenate([np.arange(e - n, e - T + 1) for e, n in zip(ends, lengths)])
@@ -411,6 +416,7 @@ class Clips:
         return self.starts[torch.randint(len(self.starts), (B,)).numpy()]
 
     def sample(self, B):
+        """B random clips (B, T, H, W, C)."""
         return self.at(self.draw(B))
 
     def cover(self):
@@ -460,8 +466,8 @@ def contact_sheet(root, path):
     rows = []
     for split in ("train", "valid"):
         clips = Clips(root, split, 16)
-        rows += [torch.cat(list(clip[::2]), 1) for clip in clips.at(clips.spread(4))]
-    save_picture(path, torch.cat(rows), "four training clips, four held-out clips, every other frame")
+        rows += clips.at(clips.spread(4))[:, ::2]
+    save_picture(path, rows, "four training clips, four held-out clips, every other frame")
 
 
 def main(argv=None):
@@ -476,7 +482,7 @@ def main(argv=None):
     p.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     p.add_argument("--show", action="store_true", help="only write a contact sheet of the data set, sheet.png in its folder")
     args = p.parse_args(argv)
-    if min(args.seed, args.fps - 1, args.frame_size - 8) < 0:
+    if args.seed < 0 or args.fps < 1 or args.frame_size < 8:
         stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")
     path = args.videos.resolve() if args.videos else Path("platformer")
     name = args.name or (path.stem if path.is_file() else path.name)

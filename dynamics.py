@@ -78,9 +78,9 @@ class Prior(nn.Module):
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, buttons)
         self.register_buffer("came", torch.zeros(buttons + 1, buttons, 101))     # after one code, another: its chance when it came, see `chances`
-        self.begin()
+        self.reset_parameters()
 
-    def begin(self):
+    def reset_parameters(self):
         """Weights that know nothing: anything may come next, about evenly."""
         for layer in (*self.see, self.embed_action, self.around.conv, self.head):
             if hasattr(layer, "reset_parameters"):
@@ -89,11 +89,13 @@ class Prior(nn.Module):
         return self
 
     def forward(self, z, last, e):
-        """Frames z, the frame before each (B, T, N), what led from one to the other, e (B, T, D): logits of what comes next (B, T, buttons)."""
-        if z.numel() > len(self.looks):                                  # in training: see each code once
-            now, ago = (F.embedding(y, table) for y, table in zip((z, last), self.see(self.looks).chunk(2, -1)))
+        """Frames z and the frame before each, last (B, T, N); e (B, T, D), the action between the two: logits of the next one (B, T, buttons)."""
+        if z.numel() > len(self.looks):                                  # in training: see each code once, and look it up
+            now, ago = self.see(self.looks).chunk(2, -1)                 # 2 x (codes + 1, dim)
+            now, ago = F.embedding(z, now), F.embedding(last, ago)       # 2 x (B, T, N, dim)
         else:                                                            # in play: see only what is there
-            (now, _), (_, ago) = (y.chunk(2, -1) for y in self.see(self.looks[torch.stack([z, last])]))
+            seen = self.see(self.looks[torch.stack([z, last])])          # (2, B, T, N, 2 dim)
+            now, ago = seen[0].chunk(2, -1)[0], seen[1].chunk(2, -1)[1]
         h = now + ago + self.embed_action(e).unsqueeze(2)                # (B, T, N, dim)
         return self.head(F.relu(self.around(h)).flatten(2))
 
@@ -148,26 +150,33 @@ class Dynamics(nn.Module):
         """Of features x (B, 1, N, D), at places (B, 1, n) alone: logits (B, 1, n, K)."""
         return self.head(x.take_along_dim(place.unsqueeze(-1), 2))
 
-    def forward(self, z, a, noise, flaw="none"):
-        """Clips z (B, T, N) under actions a (B, T-1) -> loss, the cross-entropy of the masked tokens.
-
-        How clips are masked (self.masking). `paper`: half or more of every frame (section 2.1). `frames`: a clean past of random
-        length, and frames masked by MaskGIT's cosine after it. `streams`: the same with a clean past for every frame, for nearly
-        twice the tokens: a clean copy of the clip, and a masked copy whose frame t looks at frames 1..t-1 of the clean one.
-        """
-        B, T, N = z.shape
-        e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
+    def draw_holes(self, z):
+        """Which tokens of clips z (B, T, N) are masked in this step: True there, (B, T, N). `paper`: half or more of every frame (section
+        2.1). `frames`: a clean past of random length, and after it frames masked by MaskGIT's cosine. `streams`: all by that cosine."""
+        (B, T, N), device = z.shape, z.device
         if self.masking == "paper":                                      # one rate for a clip, U(0.5, 1)
-            rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
-        else:                                                            # one for each frame, by MaskGIT's cosine: often near 1
-            rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=z.device))
-        if self.masking == "frames":                                     # a clean past of random length
-            clean = torch.rand(B, 1, 1, device=z.device) * (T - 1)
-            rate = rate * (torch.arange(T, device=z.device)[:, None] >= clean)
-        hidden = torch.rand(B, T, N, device=z.device) < rate
+            rate = torch.rand(B, 1, 1, device=device) * 0.5 + 0.5
+        else:                                                            # one for each frame: often near 1
+            rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=device))
+        if self.masking == "frames":
+            clean = torch.rand(B, 1, 1, device=device) * (T - 1)
+            rate = rate * (torch.arange(T, device=device)[:, None] >= clean)
+        hidden = torch.rand(B, T, N, device=device) < rate
         hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
         if self.masking != "paper":
             hidden[:, -1, 0] = True                                      # with few clips there might be nothing to score
+        return hidden
+
+    def forward(self, z, a, noise, flaw="none"):
+        """Clips z (B, T, N) under actions a (B, T-1) -> loss, the cross-entropy of the masked tokens (section 2.1). noise: the largest share
+        of given tokens that are replaced at random.
+
+        Masking `streams` has a clean past for every frame, for nearly twice the tokens: a clean copy of the clip, and a masked copy
+        whose frame t looks at frames 1..t-1 of the clean one.
+        """
+        B, T, N = z.shape
+        e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
+        hidden = self.draw_holes(z)
         wrong = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
         given = torch.where(wrong, torch.randint(self.K, z.shape, device=z.device), z)
         last = self.before(given)
@@ -245,8 +254,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
 
 
 def frames_of(x):
-    """The frames of x (B, T, ...), one by one: T of (B, 1, ...). In one piece each, or what is compiled would be compiled once
-    more for every T that they were cut from."""
+    """The frames of x (B, T, ...), one by one: T of (B, 1, ...). Contiguous, so that their strides do not depend on T: torch.compile
+    would compile once more for each."""
     return [frame.clone(memory_format=torch.contiguous_format) for frame in x.split(1, 1)]
 
 
@@ -272,7 +281,8 @@ class World:
         return self.dynamics.features(z, e, canvas, cache=self.cache)
 
     def advance(self, z, last, e, played):
-        """Frame z is done, drawn over frame `last` (B, 1, N) under action e (B, 1, D), of code `played` (B,): what may come next, (B, buttons)?"""
+        """Frame z (B, 1, N) is finished, drawn over frame `last` under action e (B, 1, D), which is code `played` (B,). The cache moves on, and
+        the prior tells how `likely` (B, buttons) each code is to come next."""
         self.last, self.played, self.likely = z, played, self.dynamics.prior(z, last, e)[:, 0].softmax(-1)
         self.cache.advance()
 
@@ -385,15 +395,20 @@ def evaluate(dynamics, args, tokenizer, lam):
                   order=args.order, code_surprise=surprise.item(), code_entropy=perplexity(a, len(dynamics.buttons)).log().item())
     long = Clips(args.data, "valid", 9, args.device)
     x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
-    y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling_of(args)))
-    rows = [torch.cat(list(v), 1) for pair in zip(x, y) for v in pair]
-    z, K = tokenizer.encode(x[1:2, :1]).expand(len(dynamics.buttons), -1, -1), len(dynamics.buttons)
-    held = torch.arange(K, device=z.device)[:, None].expand(-1, 8)
-    rows += [torch.cat(list(v), 1) for v in tokenizer.decode(rollout(dynamics, z, held, **sampling_of(args)))]
-    save_picture(args.run / "dynamics.png", torch.cat(rows), "three held-out clips, each above the model's version from its first "
-                 "frame and inferred actions; then one frame under every button, held for 8 frames")
+    picture(dynamics, tokenizer, lam, x, args)
     unmasking(dynamics, tokenizer, lam, x[1:2], args)
     return scores | curve(dynamics, tokenizer, lam, args)
+
+
+def picture(dynamics, tokenizer, lam, x, args):
+    """Clips x (3, 9, H, W, C), each above the model's version of it; then a frame of the second under every button."""
+    sampling, K = sampling_of(args), len(dynamics.buttons)
+    y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling))
+    z = tokenizer.encode(x[1:2, :1]).expand(K, -1, -1)                   # (K, 1, N)
+    held = torch.arange(K, device=z.device)[:, None].expand(-1, 8)       # (K, 8)
+    rows = [clip for pair in zip(x, y) for clip in pair] + list(tokenizer.decode(rollout(dynamics, z, held, **sampling)))
+    save_picture(args.run / "dynamics.png", rows, "three held-out clips, each above the model's version from its first "
+                 "frame and inferred actions; then one frame under every button, held for 8 frames")
 
 
 def curve(dynamics, tokenizer, lam, args):
@@ -454,8 +469,9 @@ def load_upstream(args, stages):
 
 def begin_lam(args):
     """For --cotrain: a LAM and its Run, set up as lam.py would, but to be trained on the clips of the dynamics, for as many steps."""
-    flags = dict(data=args.data, run=args.run, size=args.size, seed=args.seed, device=args.device, steps=args.steps, batch=args.batch, frames=args.frames)
-    flags = [word for k, v in flags.items() for word in (f"--{k}", str(v))] + ["--resume"] * args.resume
+    flags = [f"--{k}={getattr(args, k)}" for k in ("data", "run", "size", "seed", "device", "compile", "steps", "batch", "frames")]
+    if args.resume:
+        flags.append("--resume")
     args = settle(parser(lam_stage.__doc__, lam_stage.KNOBS, flaw=lam_stage.FLAWS).parse_args(flags), "lam")
     clips, config = lam_stage.begin(args)
     torch.manual_seed(args.seed)
@@ -463,12 +479,25 @@ def begin_lam(args):
     return lam, Run("lam", args, lam, make_optimizer(lam, args.lr), config, data=clips.name)
 
 
+def lam_step(run, net, x, step, args):
+    """One step of lam.py on clips x, for --cotrain: the latent actions (B, T-1). They are integers: no gradient of the dynamics
+    loss can pass through them, which is the stop-gradient of section 2.1."""
+    schedule(run.optimizer, step, run.args)
+    with autocast(args):
+        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps, run.args.shifted)
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    return a
+
+
 @torch.no_grad()
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
     so doing it in every step would only repeat it (nearly: a clip's first frame has no past, which changes 1 token in 1,000).
-    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens in fp32, as in play, where 5 % of them would be
-    others in bf16; of the actions, 1 in 300, and play does not infer any. lam=None: no actions.
+    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens are made in fp32, as in play: in bf16 5 % of them
+    would be others. Actions may be made in bf16: 1 in 300 is another, and play infers none. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
     path, about, kept = args.run / "tokens.pt", data.path.stat(), {}
     if path.exists():
@@ -476,15 +505,19 @@ def encode(data, tokenizer, lam, args):
             kept = dict(torch.load(path, map_location=data.device, weights_only=True))
         except Exception as e:                                           # torch.load raises half a dozen types
             stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
-    frames = [data.name, about.st_size, about.st_mtime_ns, data.T]
-    tokens_of, actions_of = [*frames, fingerprint(tokenizer)], [*frames, fingerprint(lam)] if lam else []
-    new_tokens, new_actions = kept.get("tokens_of") != tokens_of, kept.get("actions_of") != actions_of
-    z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device) if new_tokens else kept["tokens"]
-    a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device) if new_actions else kept["actions"]
+    made_from = [data.name, about.st_size, about.st_mtime_ns, data.T]
+    tokens_from = [*made_from, fingerprint(tokenizer)]
+    actions_from = [*made_from, fingerprint(lam)] if lam else []
+    new_tokens, new_actions = kept.get("tokens_of") != tokens_from, kept.get("actions_of") != actions_from
+    z, a = kept.get("tokens"), kept.get("actions")
+    if new_tokens:
+        z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
+    if new_actions:
+        a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device)
     if not new_tokens and (lam is None or not new_actions):
         return z, a
     clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
-    clips = np.resize(clips, (-(-len(clips) // 4), 4))                   # fours, some clips twice: one shape, compiled once
+    clips = np.resize(clips, (math.ceil(len(clips) / 4), 4))             # fours, some clips twice: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True):
         x = data.at(starts)                                              # (B, T, H, W, C)
         index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
@@ -494,7 +527,7 @@ def encode(data, tokenizer, lam, args):
             with autocast(args):
                 a[index[:, :-1]] = lam.encode(x).short()
     if args.rank == 0 and not args.bench:
-        write_atomically(path, lambda f: torch.save(dict(tokens=z, tokens_of=tokens_of, actions=a, actions_of=actions_of), f))
+        write_atomically(path, lambda f: torch.save(dict(tokens=z, tokens_of=tokens_from, actions=a, actions_of=actions_from), f))
     return z, a
 
 
@@ -516,7 +549,7 @@ def learn_prior(dynamics, tokens, actions, clips, args):
     """Train the prior of a finished model, from the start. Many clips a step: most moments tell it nothing new, and walls are rare.
     The last tenth of the data is kept from it, for `chances`."""
     torch.manual_seed(args.seed)
-    prior = dynamics.prior.begin().requires_grad_(True)
+    prior = dynamics.prior.reset_parameters().requires_grad_(True)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
     cut = len(clips.starts) * 9 // 10
@@ -577,13 +610,17 @@ def main(argv=None):
         args.cotrain = begun
     if args.cotrain and args.bench:
         stop("--bench times one model: leave out --cotrain (lam.py --bench times the other)")
-    clips, tokenizer, *lam = load_upstream(args, [tokenizer_stage] if args.cotrain else [tokenizer_stage, lam_stage])
-    lam, beside = begin_lam(args) if args.cotrain else (*lam, None)
+    beside = None                                                        # the Run of a LAM that is trained along
+    if args.cotrain:
+        clips, tokenizer = load_upstream(args, [tokenizer_stage])
+        lam, beside = begin_lam(args)
+    else:
+        clips, tokenizer, lam = load_upstream(args, [tokenizer_stage, lam_stage])
     config = dict(rows=tokenizer.height // tokenizer.patch, columns=tokenizer.width // tokenizer.patch,
                   codes=len(tokenizer.vq.codebook), pixels=3 * tokenizer.patch ** 2, buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
                   window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
-    model = build(**config).to(args.device)
+    model = Dynamics(**config).to(args.device)
     model.buttons.copy_(lam.vq.codebook)
     model.prior.looks[:-1] = looks_of(tokenizer)
     optimizer = make_optimizer(model, args.lr)
@@ -622,19 +659,6 @@ def main(argv=None):
         learn_prior(model, tokens, actions, clips, args)
         run.save(args.steps)
     run.report(lambda model, args: evaluate(model, args, tokenizer, lam))
-
-
-def lam_step(run, net, x, step, args):
-    """One step of lam.py on clips x, for --cotrain: the latent actions (B, T-1). They are integers: no gradient of the dynamics
-    loss can pass through them, which is the stop-gradient of section 2.1."""
-    schedule(run.optimizer, step, run.args)
-    with autocast(args):
-        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps, run.args.shifted)
-    run.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    return a
 
 
 if __name__ == "__main__":

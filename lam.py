@@ -22,7 +22,7 @@ Where it departs from the paper (most of it measured in the README's lab notes):
 - a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
   nearly the same thing over and over. It draws the next frame better, in fewer minutes;
 - k-means is tried twice more, from other beginnings, when the encoder has learned what to look at and when it is nearly done
-  (`--restart`, at size laptop): it ends in the valley that it began in, and "left and jump" had no code of its own for want of
+  (`--restart`, at size laptop): it ends in the local minimum that it began near, and "left and jump" had no code of its own for want of
   another beginning;
 - the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
   circle, and each must do for whatever lies between its neighbours;
@@ -40,6 +40,8 @@ Where it departs from the paper (most of it measured in the README's lab notes):
 - it leaves out the patches along the edges of the frame (`--border`): what comes into view there cannot be known from the last
   frame, so it would pay to spend codes on it, and nobody's button did it.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -47,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
-from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, command, counts, make_optimizer,
+from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, check_writable, command, counts, make_optimizer,
                       parallel, parser, patchify, perplexity, prepare_blocks, pyplot_for_files, save_figure, schedule, settle, stop, unpatchify, write_json)
 
 FLAWS = ("none",
@@ -56,7 +58,7 @@ FLAWS = ("none",
          "one-way",         # every pair of frames is read forwards only, and the reading itself is quantised
          "no-norm",         # vectors are quantised as they come, of any length
          "no-revival",      # codes begin as random directions, and a dead one stays dead
-         "dead")            # both of these
+         "dead")            # no-norm and no-revival together
 
 KNOBS = dict(
     #            test  laptop   gpu  coinrun
@@ -144,9 +146,10 @@ class LatentActionModel(nn.Module):
         z = self.features(watched)                                       # (B, T-1, code_dim)
         e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
         seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
-        error, copying = ((seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4)) for y in (self.predict(x[:, :-1], e), x[:, :-1]))    # (B, T-1)
-        if root:
-            error, copying = (v.clamp(min=1e-8).sqrt() for v in (error, copying))        # (at zero a root has no gradient)
+        mse = lambda y: (seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4))              # (B, T-1)
+        error, copying = mse(self.predict(x[:, :-1], e)), mse(x[:, :-1])
+        if root:                                                         # (at zero a root has no gradient)
+            error, copying = error.clamp(min=1e-8).sqrt(), copying.clamp(min=1e-8).sqrt()
         error = error.mean() / copying.mean().clamp(min=1e-6)            # 1: no better than copying the last frame
         narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
         watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
@@ -159,7 +162,7 @@ def narrowness(z):
     with torch.autocast(z.device.type, enabled=False):
         z = z.float().flatten(0, -2)
         z = z - z.mean(0)
-        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would make a GPU wait)
+        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would synchronise the GPU)
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 
@@ -172,6 +175,18 @@ def actions_of(lam, clips, batch=16):
     return torch.cat([lam.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
 
 
+def labelled(lam, args, T, split, n):
+    """Of n clips of T frames, spread over a split: codes (clips, T-1), true buttons (clips, T-1), and which of the six buttons would have led
+    to the same frame (clips, T-1, 6)."""
+    data = Clips(args.data, split, T, args.device)
+    starts = data.spread(n)
+    parts = np.array_split(starts, math.ceil(len(starts) / 256))         # a few hundred clips in memory at once
+    a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()
+    pressed, same, _ = true_actions(args.data, split)
+    at = starts[:, None] + np.arange(T - 1)
+    return a, pressed[at], same[at]
+
+
 def score_actions(lam, args, T):
     """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
 
@@ -180,31 +195,29 @@ def score_actions(lam, args, T):
     what a code was used for, pressed or not; of buttons equal to 1 in 20 (in mid-air, with up and without), the first. `keys` is the
     way back, from transitions where no other button would have led to the same frame (a jump in the air does not count): for each
     button the code that goes with it best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more).
-    Returns (scores, table of counts code x button) or None.
+    Returns scores, and a table (codes, 6) of how often each code went with each button; ({}, None) where nobody knows the buttons.
     """
-    K, table = max(len(lam.vq.codebook), len(ACTIONS)), None             # the oracle always has six
-    for split in ("train", "valid"):
-        truth = true_actions(args.data, split)
-        if truth is None:
-            return None
-        data = Clips(args.data, split, T, args.device)
-        starts = data.spread(args.scored * (8 if split == "train" else 1))       # a decisive jump is rare: keys need many clips
-        parts = np.array_split(starts, -(-len(starts) // 256))           # a few hundred clips in memory at once
-        a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()     # (clips, T-1)
-        at = starts[:, None] + np.arange(T - 1)
-        true, same = truth[0][at], truth[1][at]                          # (clips, T-1), (clips, T-1, 6)
+    if true_actions(args.data, "train") is None:
+        return {}, None
+    K, one_hot = max(len(lam.vq.codebook), len(ACTIONS)), np.eye(len(ACTIONS))           # the oracle always has six
+
+    def by_code(a, rows):
+        """Rows (clips, T-1, 6) added up for each code: (K, 6)."""
         table = np.zeros((K, len(ACTIONS)))
-        np.add.at(table, (a, true), 1)
-        if split == "train":
-            mapping = table.argmax(1)
-            decisive = np.zeros_like(table)
-            np.add.at(decisive, (a, true), same.sum(-1) == 1)
-            recall = decisive / decisive.sum(0).clip(1)                  # P(code | button)
-            precision = recall / recall.sum(1, keepdims=True).clip(1e-9)  # P(button | code), were all buttons equally common
-            keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
-            leads = np.zeros_like(table)
-            np.add.at(leads, a, same)
-            meaning = (leads >= leads.max(1, keepdims=True) - 0.05 * table.sum(1, keepdims=True)).argmax(1)
+        np.add.at(table, a, rows)
+        return table
+
+    a, pressed, same = labelled(lam, args, T, "train", 8 * args.scored)          # a decisive jump is rare: keys need many clips
+    table, leads = by_code(a, one_hot[pressed]), by_code(a, same)
+    decisive = by_code(a, one_hot[pressed] * (same.sum(-1, keepdims=True) == 1))
+    mapping = table.argmax(1)
+    meaning = (leads >= leads.max(1, keepdims=True) - 0.05 * table.sum(1, keepdims=True)).argmax(1)
+    recall = decisive / decisive.sum(0).clip(1)                          # P(code | button)
+    precision = recall / recall.sum(1, keepdims=True).clip(1e-9)         # P(button | code), were all buttons equally common
+    keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
+
+    a, pressed, same = labelled(lam, args, T, "valid", args.scored)
+    table = by_code(a, one_hot[pressed])
     p = table / table.sum()
     outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
     info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
@@ -273,17 +286,15 @@ def evaluate(lam, args):
                    code_perplexity=perplexity(a, K).item(), code_share=[round(s, 3) for s in share.tolist()])
     change = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))             # (clips, T-1)
     still = change < min(1e-4, 0.01 * change.mean())                     # a world at rest: its code is for prompts (play.py)
-    scores |= dict(still=a[still].mode().values.item() if still.float().mean() > 0.01 else None)
-    known = score_actions(lam, args, T)
-    if known:
-        scores |= known[0]
-    picture(lam, args.run / "lam.png", x, a, known)
-    return scores
+    scores["still"] = a[still].mode().values.item() if still.float().mean() > 0.01 else None
+    found, table = score_actions(lam, args, T)
+    picture(lam, args.run / "lam.png", x, a, table)
+    return scores | found
 
 
-def picture(lam, path, x, a, known):
-    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons (where nobody
-    knows them: what it draws that the others do not), what the decoder makes of one frame under it, and examples."""
+def picture(lam, path, x, a, table):
+    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons (a row of `table`, see
+    score_actions; where nobody knows them: what it draws that the others do not), what the decoder makes of one frame under it, and examples."""
     plt = pyplot_for_files()
     K, shown = len(lam.vq.codebook), 4
     moved = displacement(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)).view(*a.shape, 2).float().cpu()
@@ -301,20 +312,22 @@ def picture(lam, path, x, a, known):
             places, times = np.unique(mine, axis=0, return_counts=True)
             row[0].scatter(*places.T, s=150 * times / len(mine), color="silver")
             row[0].annotate("", mine.mean(0), (0, 0), arrowprops=dict(arrowstyle="->", color="crimson", lw=2))
-        if known:
-            share = known[1][k] / max(1, known[1][k].sum())
+        if table is not None:
+            share = table[k] / max(1, table[k].sum())
             row[1].imshow(share[None], vmin=0, vmax=1, cmap="Blues", aspect="auto")
             for i, s in enumerate(share):
                 row[1].text(i, 0, f"{100 * s:.0f}", ha="center", va="center", fontsize=7, color="white" if s > 0.5 else "black")
         else:                                                            # gray: as the codes draw it on average
             row[1].imshow((0.5 + drawn[k] - drawn.mean(0)).clamp(0, 1).cpu().numpy())
         row[2].imshow(drawn[k].cpu().numpy())
-        for i, (clip, t) in enumerate((a == k).nonzero()[:: max(1, int((a == k).sum()) // shown)][:shown].tolist()):
-            row[3 + i].imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
-    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if known else "the next column,\nless its mean", "one frame,\nevery code", "examples: frame t and t+1"]
+        where = (a == k).nonzero()                                       # (how often, 2): clip and frame
+        for ax, (clip, t) in zip(row[3:], where[::max(1, len(where) // shown)].tolist()):
+            ax.imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
+    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if table is not None else "the next column,\nless its mean",
+              "one frame,\nevery code", "examples: frame t and t+1"]
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=8)
-    if known:
+    if table is not None:
         axes[-1, 1].set_xticks(range(len(ACTIONS)), ACTIONS, rotation=90, fontsize=7)
     save_figure(path, figure, "what each latent action does")
     plt.close(figure)
@@ -363,12 +376,14 @@ def main(argv=None):
     if args.oracle:
         if args.world > 1 or args.bench or args.resume:
             stop("--oracle is a score: it has no --bench, no --resume and one process")
+        check_writable(args.run)
         scores = score_oracle(args, clips, config)
         write_json(args.run / "oracle.json", scores | dict(seed=args.seed, steps=args.steps))
-        return print(f"action_accuracy with true labels: {scores['action_accuracy']:.3f} +- {scores['action_accuracy_se']:.3f} "
-                     f"(chance {scores['chance']:.3f}), nmi {scores['nmi']:.3f}; all of it in {args.run}/oracle.json")
+        print(f"action_accuracy with true labels: {scores['action_accuracy']:.3f} +- {scores['action_accuracy_se']:.3f} "
+              f"(chance {scores['chance']:.3f}), nmi {scores['nmi']:.3f}; all of it in {args.run}/oracle.json")
+        return
     torch.manual_seed(args.seed)
-    model = build(**config).to(args.device)
+    model = LatentActionModel(**config).to(args.device)
     run = Run("lam", args, model, make_optimizer(model, args.lr), config, data=clips.name)
     prepare_blocks(model, args)
     net = parallel(model, args)

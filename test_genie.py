@@ -879,6 +879,8 @@ def test_bad_data_is_one_sentence(tmp_path, platformer, monkeypatch):
         refuses("plain word", data.main, "--episodes", "1", "--frames", "20", "--name", name, cwd=tmp_path)
     (tmp_path / "data/own").mkdir(parents=True)
     refuses("is no data set", data.main, "--name", "own", "--overwrite", cwd=tmp_path)
+    (tmp_path / "data/own/meta.json").write_text("null")
+    refuses("own is damaged", lambda argv: data.Clips(argv[0], "train", 16), tmp_path / "data/own")
     (tmp_path / "data/own/true_actions.npz").write_bytes(b"PK\x03\x04 half a file")
     refuses("damaged", lambda argv: data.true_actions(argv[0], "train"), tmp_path / "data/own")
     refuses("already exists", data.main, cwd=platformer)
@@ -891,11 +893,32 @@ def test_bad_data_is_one_sentence(tmp_path, platformer, monkeypatch):
                                ("--seed", "20261127000", "too large"), ("--codes", "1", "at least 2")):
         refuses(words, lam_stage.main, "--size", "test", flag, value, cwd=platformer)
     refuses("at most a billion", play.main, "--seed", "20261127000")
+    refuses("--fps above 0", play.main, "--fps", "nan")
     refuses("for play alone", play.main, "--device", "cpu", "--score", cwd=tmp_path)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    for main in (lam_stage.main, play.main):
-        refuses("C[+][+] compiler", main, "--device", "cpu", "--compile", "on", cwd=platformer)
     refuses("another folder", play.main, "--run", tmp_path, "--export", tmp_path / "runs/..")    # half the precision, and no optimizer, over what was trained
+
+
+def test_overwritten_data_may_lie_behind_a_link(tmp_path):
+    (tmp_path / "disk/small").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/small", target_is_directory=True)
+    for seed, source in enumerate(("platformer, seed 0", "platformer, seed 1")):
+        (tmp_path / "link/meta.json").touch()                   # or it would be no data set
+        data.build_platformer(tmp_path / "link", 1, 20, seed, True)
+        assert data.Clips(tmp_path / "link", "train", 16).meta["source"] == source
+        assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").iterdir())) == 1, "nothing else stays behind"
+
+
+def test_where_nothing_can_be_compiled(platformer, monkeypatch, capsys):
+    """No compiler, or one that does not work: training goes on without, and says so; who asked for it is told why not."""
+    def no_compiler(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nand a page of details")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    args = SimpleNamespace(compile="auto", size="laptop", device=torch.device("cpu"))
+    st.check_compiler(args)
+    assert args.compile == "off" and "No working C++ compiler found;" in capsys.readouterr().err
+    for main in (lam_stage.main, play.main):
+        refuses("leave out --compile on", main, "--device", "cpu", "--compile", "on", cwd=platformer)
 
 
 def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
@@ -914,6 +937,10 @@ def test_bad_checkpoints_are_one_sentence(tmp_path, platformer):
         with pytest.raises(SystemExit, match="cannot write"):
             st.write_atomically(runs / "x.bin", lambda f: open("/dev/full", "wb", buffering=0).write(b"x"))
         assert not list(runs.glob("x.bin*"))
+        (runs / "lam.pt").write_bytes(b"before")
+        with pytest.raises(SystemExit, match="cannot write"):    # of two that belong together, neither
+            st.write_atomically(runs / "lam.pt", lambda f: f.write(b"after"), (runs / "x.bin", lambda f: open("/dev/full", "wb", buffering=0).write(b"x")))
+        assert (runs / "lam.pt").read_bytes() == b"before" and not list(runs.glob("*.part"))
 
 
 def test_weights_that_are_not_numbers_never_replace_a_checkpoint(tmp_path):
@@ -976,7 +1003,7 @@ def test_interrupted_and_resumed_is_bit_identical(stage, tmp_path, platformer, m
     whole, parts = ([*few, "--run", str(tmp_path / folder)] for folder in ("whole", "parts"))
     main(whole)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        m.setattr(st.Run, "log", lambda run, step, *rest, **more: log(run, step, *rest, **more) or step == 10 and os.kill(os.getpid(), signal.SIGINT))
+        m.setattr(st.Run, "log", lambda run, step, *rest, **more: log(run, step, *rest, **more) or step == 10 and signal.raise_signal(signal.SIGINT))
         main(parts)
     assert stopped.value.code == 130 and "--resume" in capsys.readouterr().err
     assert torch.load(tmp_path / f"parts/{stage}.pt", weights_only=True)["step"] == 11
@@ -1075,7 +1102,7 @@ def test_recomputed_blocks_give_the_same_gradients_with_less_memory(stage):
     x, grads, kept = lesson(stage, 2), [], []
     for how in ("off", "on"):
         m = small(stage).train()
-        st.prepare_blocks(m, SimpleNamespace(compile="off", recompute=how, size="gpu"))
+        st.prepare_blocks(m, SimpleNamespace(compile="off", recompute=how))
         torch.manual_seed(0)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
@@ -1097,7 +1124,7 @@ def test_size_gpu_trains_within_16_gb(stage):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = large(stage, "gpu")
         model.prior = None                                      # of the dynamics: it learns when all else is done
-        st.prepare_blocks(model, SimpleNamespace(compile="off", recompute="auto", size="gpu"))
+        st.prepare_blocks(model, SimpleNamespace(compile="off", recompute="off"))
         optimizer = torch.optim.AdamW(model.parameters())
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -1154,13 +1181,11 @@ def test_no_training_code_opens_the_true_actions(tmp_path, monkeypatch):
         stage.main(few)
         assert len(steps) == 12 and all(n == 12 for n in opened), "true actions were opened before training ended"
         assert bool(opened) == (stage is lam_stage), "only the LAM is scored against them"
-    blind = tmp_path / "blind/platformer"
-    blind.mkdir(parents=True)
-    for file in ("train.u8", "valid.u8", "meta.json"):
-        (blind / file).symlink_to(folder / file)
-    lam_stage.main(few[:-4] + ["--data", str(blind), "--run", str(tmp_path / "without")])
-    a, b = (torch.load(tmp_path / f / "lam.pt", weights_only=True)["model"] for f in ("with", "without"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    (folder / "true_actions.npz").unlink()
+    for stage in (tok, lam_stage, dyn):
+        stage.main(few[:-2] + ["--run", str(tmp_path / "without")])
+        a, b = (torch.load(tmp_path / f / f"{stage.__name__}.pt", weights_only=True)["model"] for f in ("with", "without"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
     assert "action_accuracy" not in json.loads((tmp_path / "without/lam.json").read_text())
 
 
@@ -1249,7 +1274,8 @@ def test_prompts_may_be_any_picture(tmp_path):
         play.read_image(tmp_path / "no.png", 64, 64)
 
 
-@pytest.mark.parametrize("backend", ["", "module://of_a_notebook"])
+@pytest.mark.parametrize("backend", [pytest.param("", marks=pytest.mark.skipif(sys.platform != "linux", reason="there is always a display")),
+                                     "module://of_a_notebook"])
 def test_play_without_a_display_writes_its_files(world, backend):
     import imageio.v2 as imageio
     environment = {k: v for k, v in NO_GPU.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
@@ -1260,6 +1286,19 @@ def test_play_without_a_display_writes_its_files(world, backend):
     assert len(film) >= 60, "rollouts go on past the 16 frames of training"
     assert any(not np.array_equal(film[0], f) for f in film[1:])
     assert imageio.imread(world / "runs/platformer/buttons.png").ndim == 3
+
+
+def test_a_world_that_is_not_finished_says_so(world, tmp_path, capsys):
+    """Weights are saved before the prior has learned, and without it the rule of what is possible is silent."""
+    for file in ("tokenizer.pt", "dynamics.pt", "lam.json"):
+        shutil.copy(world / "runs/platformer" / file, tmp_path)
+    play.load(tmp_path, "cpu")
+    assert "not finished" not in capsys.readouterr().err
+    ckpt = torch.load(tmp_path / "dynamics.pt", weights_only=True)
+    ckpt["model"]["prior.came"].zero_()
+    torch.save(ckpt, tmp_path / "dynamics.pt")
+    play.load(tmp_path, "cpu")
+    assert "not finished (step 300 of 300, and no prior)" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -1387,7 +1426,9 @@ def test_window_obeys_keys(world, monkeypatch):
     for released in ("3", "shift+left"):
         window.on_release(SimpleNamespace(key=released))
     time.sleep(0.1)
-    assert window.choice() == (game.keys[0], 0), "every key is up, whatever else is down"
+    assert window.choice() == (game.keys[1], 1), "a key that was down between two beats has the next one"
+    window.tick()
+    assert window.choice() == (game.keys[0], 0), "then every key is up, whatever else is down"
     key("up"), key("right")
     assert window.choice() == (game.keys[5], 5), "two arrows are one combination"
     game.assign(4, 2, 5, 1)
@@ -1502,10 +1543,10 @@ def test_blocks_compile_without_graph_breaks_or_recompiles(recompute):
     """fullgraph=True makes a graph break an error; training steps after the first must compile nothing more."""
     import torch._dynamo.utils as counted
     torch._dynamo.reset()
-    counted.counters.clear()
     m = small_tokenizer().train()
     m.vq.eval()                                                 # the codebook stays
-    st.prepare_blocks(m, SimpleNamespace(compile="on", recompute=recompute, size="gpu"))
+    st.prepare_blocks(m, SimpleNamespace(compile="on", recompute=recompute, device=torch.device("cpu")))
+    counted.counters.clear()
     seen = []
     for step in range(4):
         m(torch.rand(2, 3, 32, 32, 3))[0].backward()

@@ -11,6 +11,8 @@ the work for each later stage), a smaller model and a higher learning rate (minu
 codebook is online k-means with revival (see VectorQuantizer), and the reconstruction error is divided by the variance of
 the pixels, so that it starts near 1 and the commitment loss cannot drown it.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,10 +56,12 @@ class Tokenizer(nn.Module):
         self.to_pixels = nn.Linear(dim, pixels)
 
     def features(self, x):
+        """Frames (B, T, H, W, C) -> vectors to be quantised (B, T, N, code_dim)."""
         x = patchify(2 * x - 1, self.patch)                         # (B, T, N, P*P*C)
         return self.to_code(self.encoder(self.embed(x)))            # (B, T, N, code_dim)
 
     def pixels(self, e, cache=None):
+        """Quantised vectors (B, T, N, code_dim) -> frames (B, T, H, W, C), not clamped."""
         x = self.to_pixels(self.decoder(self.from_code(e), cache=cache))
         return unpatchify(x.float(), self.patch, self.height, self.width) / 2 + 0.5         # (B, T, H, W, C)
 
@@ -70,7 +74,7 @@ class Tokenizer(nn.Module):
         return self.pixels(F.embedding(z, self.vq.codebook), cache).clamp(0, 1)
 
     def forward(self, x):
-        """Loss of clips x, and what to watch."""
+        """Loss of clips x (B, T, H, W, C) in [0, 1], and what to watch: {name: scalar}."""
         e, z, commitment = self.vq(self.features(x))
         error = F.mse_loss(self.pixels(e), x)
         loss = error / x.var().clamp(min=1e-4) + self.beta * commitment      # (frames of one colour vary by nothing)
@@ -82,7 +86,7 @@ build = Tokenizer               # for load_model
 
 @torch.no_grad()
 def tokens_of(tokenizer, clips, batch=16):
-    """Encode many clips, a few at a time."""
+    """Tokens (B, T, N) of many clips (B, T, H, W, C), a few at a time."""
     return torch.cat([tokenizer.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
 
 
@@ -95,8 +99,10 @@ def evaluate(tokenizer, args):
     z = tokens_of(tokenizer, x)
     y = torch.cat([tokenizer.decode(part) for part in z.split(16)])
     K = len(tokenizer.vq.codebook)
-    rows = [torch.cat(list(v[:8]), 1) for i in range(0, len(x), -(-len(x) // 3)) for v in (x[i], y[i], (x[i] - y[i]).abs())]
-    save_picture(args.run / "tokenizer.png", torch.cat(rows), "held-out frames, their reconstruction, the absolute error")
+    rows = []
+    for i in range(0, len(x), math.ceil(len(x) / 3)):                # three clips, eight frames of each
+        rows += [x[i, :8], y[i, :8], (x[i, :8] - y[i, :8]).abs()]
+    save_picture(args.run / "tokenizer.png", rows, "held-out frames, their reconstruction, the absolute error")
     return dict(psnr=psnr(x, y).mean().item(), psnr_frame_1=psnr(x, y)[:, 0].mean().item(),
                 copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
                 codes_in_use=len(z.unique()) / K, code_perplexity=perplexity(z, K).item(), codes=K)
@@ -109,7 +115,7 @@ def main(argv=None):
     check_patch(args.patch, height, width)
     config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
     torch.manual_seed(args.seed)
-    model = build(**config).to(args.device)
+    model = Tokenizer(**config).to(args.device)
     optimizer = make_optimizer(model, args.lr)
     run = Run("tokenizer", args, model, optimizer, config, data=clips.name)
     prepare_blocks(model, args)
