@@ -495,7 +495,7 @@ def lam_step(run, net, x, step, args):
 @torch.no_grad()
 def encode(data, tokenizer, lam, args):
     """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it (nearly: a clip's first frame has no past, which changes 1 token in 1,000).
+    so doing it in every step would only repeat it (nearly: a clip's first frame would have no past, which changes 1 token in 1,000).
     Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens are made in fp32, as in play: in bf16 5 % of them
     would be others. Actions may be made in bf16: 1 in 300 is another, and play infers none. lam=None: no actions.
     Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
@@ -516,16 +516,17 @@ def encode(data, tokenizer, lam, args):
         a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device)
     if not new_tokens and (lam is None or not new_actions):
         return z, a
-    clips = data.cover()[:4 if args.bench else None]                     # the speed of training is the same with zeros
-    clips = np.resize(clips, (math.ceil(len(clips) / 4), 4))             # fours, some clips twice: one shape, compiled once
+    clips = data.cover()[::-1][:4 if args.bench else None]               # the speed of training is the same with zeros
+    clips = np.pad(clips, (0, -len(clips) % 4), mode="edge").reshape(-1, 4)      # fours, the last one repeated: one shape, compiled once
     for starts in tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True):
-        x = data.at(starts)                                              # (B, T, H, W, C)
-        index = torch.from_numpy(starts).to(data.device)[:, None] + torch.arange(data.T, device=data.device)
-        if new_tokens:
-            z[index] = tokenizer.encode(x).int()
+        x = data.at(starts)                                              # (4, T, H, W, C)
+        if new_tokens:                                                   # one clip after the other, from the end: a frame that two clips share
+            for start, tokens in zip(starts, tokenizer.encode(x).int()):         # has the tokens of the one where it has more past
+                z[start:start + data.T] = tokens
         if lam and new_actions:
             with autocast(args):
-                a[index[:, :-1]] = lam.encode(x).short()
+                for start, codes in zip(starts, lam.encode(x).short()):
+                    a[start:start + data.T - 1] = codes
     if args.rank == 0 and not args.bench:
         write_atomically(path, lambda f: torch.save(dict(tokens=z, tokens_of=tokens_from, actions=a, actions_of=actions_from), f))
     return z, a

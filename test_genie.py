@@ -793,6 +793,9 @@ def test_data_encoded_once_is_what_each_clip_would_be_encoded_as(platformer, tmp
     t.vq.codebook += 1
     with pytest.raises(TypeError):
         dyn.encode(clips, t, m, args)
+    t.encode = lambda x: torch.arange(4)[:, None].expand(len(x), 4, t.tokens)
+    most = [max(f - s for s in clips.cover() if s <= f < s + 4) for f in range(len(clips.frames))]
+    assert dyn.encode(clips, t, None, args)[0][:, 0].tolist() == most, "a frame that two clips share is that of the one in which it has more past"
 
 
 def test_validation_levels_are_never_trained_on(platformer):
