@@ -135,7 +135,7 @@ class Platformer:
         self.coin[1:7, 2:6] = self.coin[2:6, 1:7] = True
 
     def tiles(self, x, y):
-        """Rows and columns of the level that the player covers with his upper left corner at pixel (x, y); above the frame, those of its top."""
+        """Rows and columns of the level that the player covers with his upper left corner at pixel (x, y); above the frame he counts as at its top."""
         y = max(y, 0)
         return slice(y // TILE, (y + PLAYER_H - 1) // TILE + 1), slice(x // TILE, (x + PLAYER_W - 1) // TILE + 1)
 
@@ -255,7 +255,7 @@ def build(root, overwrite, source, fill):
     if root.exists() and not (root / "meta.json").exists():
         stop(f"{root} is no data set, and will not be overwritten; choose another --name")
     place = root.resolve()                          # it may be a link to a larger disk
-    part, old = place.with_name(place.name + ".part"), place.with_name(place.name + ".old")
+    part, old = place.with_name(f"{place.name}.part"), place.with_name(f".{place.name}.replaced")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -265,10 +265,12 @@ def build(root, overwrite, source, fill):
             shutil.rmtree(old, ignore_errors=True)
             os.replace(place, old)
         os.replace(part, place)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         stop(f"cannot write {root} ({e})")
     finally:
+        if old.exists() and not place.exists():     # interrupted between the two
+            os.replace(old, place)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
 
 

@@ -469,7 +469,7 @@ def load_upstream(args, stages):
 
 def begin_lam(args):
     """For --cotrain: a LAM and its Run, set up as lam.py would, but to be trained on the clips of the dynamics, for as many steps."""
-    flags = [f"--{k}={getattr(args, k)}" for k in ("data", "run", "size", "seed", "device", "compile", "steps", "batch", "frames")]
+    flags = [f"--{k}={getattr(args, k)}" for k in ("data", "run", "size", "seed", "device", "steps", "batch", "frames")]
     if args.resume:
         flags.append("--resume")
     args = settle(parser(lam_stage.__doc__, lam_stage.KNOBS, flaw=lam_stage.FLAWS).parse_args(flags), "lam")

@@ -167,8 +167,9 @@ def load(folder, device):
         if made["origin"][stage] != found:
             stop(f"{folder}/dynamics.pt was trained on another {stage} than the one in {folder}; train it again: python dynamics.py"
                  + (", and if lam.py was interrupted while scoring, first python lam.py --resume" if stage == "lam" else "") + " (and the same --data and --run)")
-    if not dynamics.prior.came.any():                           # it learns last
-        print(f"{folder}/dynamics.pt is not finished (step {made['step']} of {made['knobs']['steps']}, and no prior): python dynamics.py --resume goes on", file=sys.stderr)
+    if not dynamics.prior.head.weight.any():                    # it begins at zero, and learns last
+        print(f"{folder}/dynamics.pt is not finished (step {made['step']} of {made['knobs']['steps']}, and no prior); go on with: "
+              "python dynamics.py --resume (and the same --data and --run)", file=sys.stderr)
     return tokenizer, dynamics, made["origin"], scores
 
 
@@ -241,7 +242,7 @@ class Window:
         import matplotlib.pyplot as plt
         self.game, self.supply, self.args, self.plt = game, supply, args, plt
         self.codes = [str(k + 1) for k in range(min(game.K, 9))]            # their keys: 1, 2, ... (from the tenth on a code has none)
-        self.held, self.released = {}, {}                       # keys that are down, in that order: have they had a beat? And when each came up
+        self.held, self.released = {}, {}                       # key: has it had a beat, in the order pressed; key: when it came up
         self.paused, self.film, self.times = False, None, []
         self.sketch, self.ink = None, np.ones(3, np.float32)
         game.reset(*next(supply))
@@ -432,7 +433,7 @@ class Window:
     def run(self):
         timer, due = self.figure.canvas.new_timer(interval=2), time.time()
 
-        def beat():                                             # is it time? (On a Mac a timer's interval cannot be changed any more)
+        def beat():                                             # is it time? (On a Mac a timer's interval cannot be changed once it runs)
             nonlocal due
             if time.time() >= due:
                 due = max(due + 1 / self.args.fps, time.time())
@@ -870,11 +871,11 @@ def main(argv=None):
         stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed not negative (a seed at most a billion), "
              "--least from 0 to 0.1")
     args.device = find_device(args.device)
-    check_compiler(args)
     if args.score:
         args.compile = "off"                                    # many shapes, each seen too seldom to be worth compiling
         if args.prompt:
             stop("--score begins from held-out levels: leave out --prompt")
+    check_compiler(args)
     if args.size and not args.bench:
         stop("--size is for --bench; a trained world has the size that it was trained at")
     args.folder = args.run = args.run or Path("runs") / args.data.name

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -371,7 +370,7 @@ def command(main):
         print("interrupted; what was saved before is untouched", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError:
-        stop("the memory of the GPU is full; try --size laptop, or, in training, a smaller --batch or --recompute on")
+        stop("the memory of the GPU is full; in training try a smaller --batch, --recompute on or --size laptop, in play --device cpu")
 
 
 def flag(knob):
@@ -470,7 +469,7 @@ def settle(args, stage):
 
 def write_atomically(path, write, *more):
     """Write beside `path` and rename: whoever opens `path` finds the old file or the new one, never half of one. more: pairs (path, write)
-    of files that belong to it; if one cannot be written, none is replaced."""
+    of files that belong to it: all are written before the first is replaced."""
     files = [(Path(p), Path(f"{p}.part"), w) for p, w in ((path, write), *more)]
     try:
         for path, part, write in files:
@@ -569,7 +568,8 @@ def check_compiler(args):
     try:
         torch.compile(lambda x: x.cos() + 1, fullgraph=True)(torch.zeros(8, device=args.device))
     except Exception as e:                          # of many types
-        why = f"torch.compile does not work here ({str(e).splitlines()[0]}; on Linux it needs the packages g++ and python3-dev)"
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        why = f"torch.compile does not work here ({reason}; on Linux it needs the packages g++ and python3-dev)"
         if args.compile == "on":
             stop(f"{why}; leave out --compile on")
         print(f"{why}: training without it, more slowly", file=sys.stderr)
@@ -658,15 +658,17 @@ class Run:
         if self.beside:
             self.beside.began, self.beside.seconds = self.began, self.seconds
             self.origin[self.beside.stage] = fingerprint(self.beside.model)
-        checkpoints = [run.checkpoint(step) for run in (self.beside, self) if run]
+        runs = [self.beside, self] if self.beside else [self]
+        for run in runs:
+            if not all(p.isfinite().all() for p in run.model.parameters()):
+                stop(f"the weights are no longer finite at step {step}; {run.path} is as it was; try a lower --lr")
         if self.args.rank == 0:
-            write_atomically(*checkpoints[0], *checkpoints[1:])
+            (path, write), *more = [run.checkpoint(step) for run in runs]
+            write_atomically(path, write, *more)
 
     def checkpoint(self, step):
         """The path, and what writes the checkpoint to an open file. What an earlier run left there is kept, once, as NAME.old.pt."""
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            stop(f"the weights are no longer finite at step {step}; {self.path} is as it was; try a lower --lr")
-        if self.args.rank == 0 and not self.replaced and self.path.exists():
+        if not self.replaced and self.path.exists():
             write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
         self.replaced = True
         seconds = self.seconds + (time.time() - self.began if self.began else 0.0)
