@@ -1,24 +1,13 @@
-"""Stage 3: the dynamics model (ST-MaskGIT, section 2.1). Given the past and a button, what does the next frame look like?
+"""Train stage 3, the dynamics (ST-MaskGIT, section 2.1): it draws what happens next.
 
-    python dynamics.py                       # needs tokenizer.pt and lam.pt in the run folder -> dynamics.pt
-    python dynamics.py --cotrain             # trains the LAM along with it, as the paper does -> lam.pt, dynamics.pt
+    python dynamics.py                       # needs tokenizer.pt and lam.pt -> dynamics.pt
+    python dynamics.py --cotrain             # trains the LAM along with it -> lam.pt, dynamics.pt
+    python dynamics.py --recipe paper --run runs/paper       # the dynamics as published
 
-It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills in the masked tokens of z_t: in training some
-of them are given, when playing none at first, then more and more (MaskGIT, Chang et al. 2022).
-Action a_{t-1} leads from frame t-1 to frame t and is added to every token of frame t, where it is needed.
-
-Where it departs from the paper (each measured in the README's lab notes):
-- a frame is drawn over the last one: each token's input is its own embedding (or the mask's) plus what was in its place and
-  around it a frame ago (`--canvas last`). Most of the next frame is the last one, moved by a few pixels; from a blank
-  canvas, the paper's, the model has to learn first how to fetch it, and only then what a button does to it. The canvas is
-  never masked. So the paper's masking, which hides half of the past or more, hides nothing that is needed, and every frame
-  of a clip is a lesson: other ways of masking (`--masking`), with a clean past, learn less in the same minutes;
-- some of the tokens that are given are replaced at random, on the canvas too, so that the model learns to live with its own mistakes
-  (GameNGen's remedy, in tokens);
-- a small network beside it learns, afterwards, which codes can come next (`Prior`). A latent action tells what happened, and not
-  everything can happen anywhere: who falls cannot rise, who stands at a wall cannot go on. Play asks it (`World.possible`);
-- in play the past is as in training: a frame is remembered as its last MaskGIT pass saw it, some tokens still masked. The
-  paper conditions on finished frames; here that takes a pass more, and is done only where training had them (`World`).
+It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills in the masked tokens
+of z_t. In training, of all frames but the first, a random half of the tokens or more is masked. In
+play all tokens of the new frame are, and they are sampled a few at a time (MaskGIT, Chang et al.
+2022). Action a_{t-1} leads from frame t-1 to frame t. It is added to every token of frame t.
 """
 import math
 
@@ -31,535 +20,486 @@ from tqdm import tqdm
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr
-from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model, make_optimizer, parallel,
-                      parser, patchify, perplexity, prepare_blocks, pyplot_for_files, read_checkpoint, save_figure, save_picture, schedule,
-                      settle, stop, unpatchify, write_atomically, write_gif)
+from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model,
+                      make_optimizer, parallel, parser, patchify, perplexity, prepare,
+                      read_checkpoint, save_picture, schedule, settle, stop, write_atomically)
 
-FLAWS = ("none",
-         "late",            # in training, every action is attached to the frame after the one that it leads to
-         "acausal")         # in training, a frame may look at all frames, later ones and its own clean copy too
-
+# Each knob has a value for every --size.
 KNOBS = dict(
-    #            test  laptop   gpu  coinrun
-    steps=      (500,  10000,  2500, 200000, "training steps"),
-    batch=      (  8,      4,    20,     36, "clips in a step"),
-    frames=     (  4,     16,    16,     16, "frames in a clip, and how far back a frame may look"),
-    dim=        ( 64,    128,   768,    512, "width D"),
-    layers=     (  2,      2,    12,     12, "ST blocks"),
-    heads=      (  2,      4,    12,      8, "attention heads"),
-    action=     ("add", "add", "add", "add", "how an action enters: added to every token, or 'prepend' as one more token"),
-    canvas=     ("last", "last", "last", "blank", "what a frame is drawn over: the last one, or blank (which takes a pass a frame more in play)"),
-    masking=    ("paper", "paper", "paper", "paper", "how clips are masked in training: paper, frames, or streams (which takes that pass, too)"),
-    noise=      (0.1,    0.3,   0.1,    0.0, "largest share of given tokens replaced at random in training"),
-    lr=         (3e-3,  8e-3,  1e-3,   3e-5, "peak learning rate"),
-    warmup=     ( 10,    100,   200,   5000, "steps of linear warm-up"),
-    maskgit=    (  2,      2,     8,     25, "MaskGIT steps per frame when sampling (for the scores)"),
-    temperature=(0.0,    0.0,   0.5,    1.0, "temperature of the sampled tokens (for the scores)"),
-    order=      ("random", "random", "random", "random", "which sampled tokens stay: random, or confidence"),
-    prior_steps=(200,   2500,  2500,   2500, "steps of the prior, after all else, with 64 clips each: which code can come next?"),
-    flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
-    scored=     (128,    256,   256,    256, "held-out clips in the scores"),
+    #             test  laptop   gpu  coinrun
+    steps=       (500,  10000,  2500, 200000, "training steps"),
+    batch=       (  8,      4,    20,     36, "clips in a step"),
+    frames=      (  4,     16,    16,     16, "frames in a clip, and how far back a frame looks"),
+    dim=         ( 64,    128,   768,    512, "width D"),
+    layers=      (  2,      2,    12,     12, "ST blocks"),
+    heads=       (  2,      4,    12,      8, "attention heads"),
+    maskgit=     (  2,      2,     8,      8, "MaskGIT steps of a frame, for the scores"),
+    temperature= (0.0,    0.0,   0.5,    0.5, "temperature of the sampling, for the scores"),
+    lr=          (3e-3,  8e-3,  1e-3,   3e-4, "peak learning rate"),
+    warmup=      ( 10,    100,   200,   5000, "steps of linear warm-up"),
+    scored=      (128,    256,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("dim", "layers", "heads", "action", "canvas", "masking")
+# --recipe paper overrides some. The paper samples in 25 steps, on CoinRun at temperature 1. At
+# coinrun, its case study, all is that of its appendix F.
+PAPER = dict(
+    frames=      ( 16,     16,    16,     16),
+    batch=       (  4,      4,    20,     36),
+    maskgit=     (  8,     25,    25,     25),
+    temperature= (1.0,    1.0,   1.0,    1.0),
+    lr=          (1e-3,  3e-3,  3e-4,   3e-5),
+)
+# the knobs that the model is built from
+MODEL = ("dim", "layers", "heads")
+# how play.py samples the worlds of each recipe, unless its flags say otherwise
+SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.5))
 
 
-class Prior(nn.Module):
-    """Which latent action can come next? The paper has no such thing; it would ask no more of a player than of a video.
-
-    It looks at the last two frames, and knows tokens by their looks, not by their names: whether the hero stands at a wall is
-    told by a few pixels of two patches, and most of the thousand names that such a patch can have are too rare to be learned one by one.
-    """
-
-    def __init__(self, rows, columns, codes, pixels, buttons, action_dim, dim=32):
-        super().__init__()
-        self.register_buffer("looks", torch.zeros(codes + 1, pixels))    # see looks_of; the last one: no frame before this
-        self.see = nn.Sequential(nn.Linear(pixels, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, 2 * dim))
-        self.embed_action = nn.Linear(action_dim, dim)
-        self.around = Neighbours(rows, columns, dim)
-        self.head = nn.Linear(rows * columns * dim, buttons)
-        self.register_buffer("came", torch.zeros(buttons + 1, buttons, 101))     # after one code, another: its chance when it came, see `chances`
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Weights that know nothing: anything may come next, about evenly."""
-        for layer in (*self.see, self.embed_action, self.around.conv, self.head):
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        nn.init.zeros_(self.head.weight)
-        return self
-
-    def forward(self, z, last, e):
-        """Frames z and the frame before each, last (B, T, N); e (B, T, D), the action between the two: logits of the next one (B, T, buttons)."""
-        if z.numel() > len(self.looks):                                  # in training: see each code once, and look it up
-            now, ago = self.see(self.looks).chunk(2, -1)                 # 2 x (codes + 1, dim)
-            now, ago = F.embedding(z, now), F.embedding(last, ago)       # 2 x (B, T, N, dim)
-        else:                                                            # in play: see only what is there
-            seen = self.see(self.looks[torch.stack([z, last])])          # (2, B, T, N, 2 dim)
-            now, ago = seen[0].chunk(2, -1)[0], seen[1].chunk(2, -1)[1]
-        h = now + ago + self.embed_action(e).unsqueeze(2)                # (B, T, N, dim)
-        return self.head(F.relu(self.around(h)).flatten(2))
+# ------------------------------------------------------------------------------- the paper's model
 
 
 class Dynamics(nn.Module):
-    """Tokens (B, T, N) with holes, actions (B, T-1) -> logits (B, T, N, K). Causal in time."""
+    """Tokens (B, T, N), some of them masked, and latent actions (B, T-1) -> what the tokens are.
 
-    def __init__(self, rows, columns, codes, pixels, buttons, code_dim, window, dim, layers, heads, action, canvas, masking):
+    Causal in time. `forward` returns the loss; `features` and `head` make logits (B, T, N, V).
+    """
+    ffw = 1             # see STBlock
+    # In play, the past consists of finished frames. (False: of frames as the last pass of their
+    # sampling saw them, some tokens still masked.)
+    remembers_finished = True
+
+    def __init__(self, rows, columns, vocabulary, codes, latent_dim, window, dim, layers, heads):
         super().__init__()
-        self.N, self.action, self.canvas, self.masking = rows * columns, action, canvas, masking
-        self.wants_whole_past = canvas == "blank" or masking == "streams"                    # play shows it finished frames: see World
-        self.K = self.MASK = codes
-        self.embed = nn.Embedding(codes + 1, dim)                        # the last one is the mask token
-        if canvas == "last":
-            self.embed_last = nn.Embedding(codes + 1, dim)               # here the last one stands for: no frame before this
-            self.around = Neighbours(rows, columns, dim)
-            nn.init.normal_(self.embed_last.weight, std=0.5)
-        self.register_buffer("buttons", torch.zeros(buttons, code_dim))  # the LAM's codebook: all that is left of the LAM
-        self.embed_action = nn.Linear(code_dim, dim)
-        self.transformer = STTransformer(self.N + (action == "prepend"), dim, layers, heads, window)
-        self.head = nn.Linear(dim, codes)
-        self.prior = Prior(rows, columns, codes, pixels, buttons, dim).requires_grad_(False)     # it learns afterwards: learn_prior
+        self.N = rows * columns
+        self.V = vocabulary
+        self.MASK = vocabulary                                      # the number of a masked token
+        self.embed = nn.Embedding(vocabulary + 1, dim)
         nn.init.normal_(self.embed.weight, std=0.5)
+        # the codebook of the LAM: all that is left of it
+        self.register_buffer("codebook", torch.zeros(codes, latent_dim))
+        self.embed_action = nn.Linear(latent_dim, dim)
+        self.transformer = STTransformer(self.N, dim, layers, heads, window, self.ffw)
+        self.head = nn.Linear(dim, vocabulary)
+        self.prior = None                                           # see OurDynamics
 
     def vectors(self, a):
-        """Action indices (B, T) -> vectors (B, T, D)."""
-        return self.embed_action(F.embedding(a, self.buttons))
+        """Latent actions (B, T) -> action vectors e (B, T, D)."""
+        return self.embed_action(F.embedding(a, self.codebook))
 
     def actions(self, a):
-        """Action indices (B, T-1) -> vectors (B, T, D), each at the frame it leads TO; nothing led to frame 1."""
+        """Latent actions (B, T-1) -> action vectors e (B, T, D), each at the frame it leads TO."""
+        # nothing led to frame 1: a vector of zeros
         return F.pad(self.vectors(a), (0, 0, 1, 0))
 
-    def before(self, z):
-        """The frame before each frame of z (B, T, N); before the first there was none."""
-        return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
-
-    def paint(self, last):
-        """The canvas (B, T, N, D): what was in each place a frame ago, and around it. From the tokens (B, T, N) of `before`."""
-        if self.canvas == "blank":
-            return torch.zeros(*last.shape, 1, device=last.device)
-        return self.around(self.embed_last(last))
-
-    def features(self, z, e, canvas=None, time=None, mask=None, cache=None):
-        """Frames z (B, T, N), actions e (B, T, D) from `actions`, the canvas from `paint` (default: over the frames of z)
-        -> (B, T, N, D). time, mask, cache: see STTransformer."""
-        x = self.embed(z) + (self.paint(self.before(z)) if canvas is None else canvas)       # (B, T, N, D)
-        if self.action == "add":
-            return self.transformer(x + e.unsqueeze(2), time, mask, cache)
-        return self.transformer(torch.cat([e.unsqueeze(2), x], 2), time, mask, cache)[:, :, 1:]
+    def features(self, z, e, cache=None):
+        """Tokens z (B, T, N), action vectors e (B, T, D) -> (B, T, N, D). cache: in play."""
+        # actions are added to every token of their frame
+        x = self.embed(z) + e.unsqueeze(2)                          # (B, T, N, D)
+        return self.transformer(x, cache)
 
     def logits_at(self, place, x):
-        """Of features x (B, 1, N, D), at places (B, 1, n) alone: logits (B, 1, n, K)."""
+        """Of features x (B, 1, N, D), at places (B, 1, n) alone: logits (B, 1, n, V)."""
         return self.head(x.take_along_dim(place.unsqueeze(-1), 2))
 
-    def draw_holes(self, z):
-        """Which tokens of clips z (B, T, N) are masked in this step: True there, (B, T, N). `paper`: half or more of every frame (section
-        2.1). `frames`: a clean past of random length, and after it frames masked by MaskGIT's cosine. `streams`: all by that cosine."""
-        (B, T, N), device = z.shape, z.device
-        if self.masking == "paper":                                      # one rate for a clip, U(0.5, 1)
-            rate = torch.rand(B, 1, 1, device=device) * 0.5 + 0.5
-        else:                                                            # one for each frame: often near 1
-            rate = torch.cos(0.5 * math.pi * torch.rand(B, T, 1, device=device))
-        if self.masking == "frames":
-            clean = torch.rand(B, 1, 1, device=device) * (T - 1)
-            rate = rate * (torch.arange(T, device=device)[:, None] >= clean)
-        hidden = torch.rand(B, T, N, device=device) < rate
-        hidden[:, 0] = False                                             # frame 1 is never masked: it is the prompt
-        if self.masking != "paper":
-            hidden[:, -1, 0] = True                                      # with few clips there might be nothing to score
-        return hidden
-
-    def forward(self, z, a, noise, flaw="none"):
-        """Clips z (B, T, N) under actions a (B, T-1) -> loss, the cross-entropy of the masked tokens (section 2.1). noise: the largest share
-        of given tokens that are replaced at random.
-
-        Masking `streams` has a clean past for every frame, for nearly twice the tokens: a clean copy of the clip, and a masked copy
-        whose frame t looks at frames 1..t-1 of the clean one.
-        """
+    def draw_mask(self, z):
+        """Which tokens of clips z (B, T, N) are masked in this step? True there, (B, T, N)."""
         B, T, N = z.shape
-        e = self.actions(F.pad(a[:, :-1], (1, 0)) if flaw == "late" else a)
-        hidden = self.draw_holes(z)
-        wrong = torch.rand(B, T, N, device=z.device) < noise * torch.rand(B, 1, 1, device=z.device)
-        given = torch.where(wrong, torch.randint(self.K, z.shape, device=z.device), z)
-        last = self.before(given)
-        if self.masking == "streams":
-            time, mask = two_streams(T, self.transformer.window, z.device)
-            if flaw == "acausal":
-                mask = torch.ones_like(mask)
-            both = torch.cat([given, z.masked_fill(hidden, self.MASK)[:, 1:]], 1)            # (B, 2T-1, N)
-            twice = lambda x: torch.cat([x, x[:, 1:]], 1)
-            x = self.features(both, twice(e), twice(self.paint(last)), time, mask)
-            x, hidden, target = x[:, T:], hidden[:, 1:], z[:, 1:]
-        else:
-            mask = torch.ones(T, T, dtype=torch.bool, device=z.device) if flaw == "acausal" else None
-            x = self.features(given.masked_fill(hidden, self.MASK), e, self.paint(last), None, mask)
-            target = z
-        return self.loss(x, target.masked_fill(~hidden, -100))           # the tokens as they were; -100: given, not scored
+        # a rate for each clip, U(0.5, 1), and a coin for each token
+        rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
+        masked = torch.rand(B, T, N, device=z.device) < rate
+        # frame 1 is never masked: in play it is given, as the prompt
+        masked[:, 0] = False
+        return masked
 
-    def foresee(self, z, a):
-        """What the prior expects of each action a (B, T-1) in clips z (B, T, N), given what was before: logits (B, T-1, buttons)."""
-        return self.prior(z[:, :-1], self.before(z)[:, :-1], self.actions(a)[:, :-1].detach()).float()
+    def forward(self, z, a):
+        """Clips z (B, T, N) under latent actions a (B, T-1) -> the loss."""
+        # mask half of the tokens or more
+        masked = self.draw_mask(z)
+        # what could they be, given the others, the past, and the actions?
+        x = self.features(z.masked_fill(masked, self.MASK), self.actions(a))
+        return self.loss(x, z, masked)
 
-    def surprise(self, z, a):
-        """The prior's loss: the cross-entropy of what it expects. Nothing but the prior learns of it."""
-        return F.cross_entropy(self.foresee(z, a).flatten(0, 1), a.flatten())
-
-    def loss(self, x, target):
-        """Cross-entropy of features x (B, T, N, D) against tokens (B, T, N). Apart, so that it can be compiled: its logits are by
-        far the largest thing in the model, and uncompiled they go through memory half a dozen times."""
-        return F.cross_entropy(self.head(x).flatten(0, -2).float(), target.flatten())        # logits (B*T*N, K)
+    def loss(self, x, z, masked):
+        """Cross-entropy of features x (B, T, N, D) against tokens z (B, T, N), where masked."""
+        # -100: a token that was given is not scored
+        target = z.masked_fill(~masked, -100)
+        logits = self.head(x).flatten(0, -2).float()                # (B*T*N, V)
+        return F.cross_entropy(logits, target.flatten())
 
 
-def two_streams(T, window, device):
-    """Times and mask for a clean clip (T frames) followed by its masked copy (frames 2..T).
+# ------------------------------------------------------------------------------- inference
 
-    Clean frames look at clean frames up to themselves; a masked frame at the clean frames before it, and at itself.
-    """
-    time = torch.cat([torch.arange(T), torch.arange(1, T)]).to(device)                       # (2T-1,)
-    masked = torch.arange(2 * T - 1, device=device) >= T
-    back = time[:, None] - time                                                              # frames from query to key
-    clean_key = ~masked & (back >= masked[:, None].long()) & (back < window)
-    return time, clean_key | torch.eye(2 * T - 1, dtype=torch.bool, device=device)
-
-
-# ------------------------------------------------------------------------------------------------ playing
 
 def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device="cpu", film=None):
-    """Draw the tokens (B, 1, N) of one frame. predict(z, place): the logits (B, 1, n, K) of a frame z with holes at n places (B, 1, n).
+    """Sample the tokens (B, 1, N) of one frame in a few steps (MaskGIT, section 2.2).
 
-    At each step every hole gets a sampled token, some of these are committed for good, the rest become holes again. How many
-    stay open follows MaskGIT's cosine. Which are committed: those of the highest probability (`confidence`), or whichever (`random`);
-    then their order is settled beforehand, and a token is drawn only when its turn has come: for the others it would be in vain.
+    predict(z, place) gives the logits (B, 1, n, V) of frame z, part of it masked, at n places
+    (B, 1, n). In each step some tokens are sampled and stay. The rest are masked in the next step,
+    too. How many stay follows a cosine. Which ones: in `random` order, as the paper says, or those
+    of the highest probability first (`confidence`, as in MaskGIT). film: a list, for the drafts.
     """
     z = torch.full((B, 1, N), MASK, device=device)
-    everywhere, shuffled = torch.arange(N, device=device).expand(z.shape), torch.rand(z.shape, device=device).argsort(-1)
+    everywhere = torch.arange(N, device=device).expand(z.shape)
+    shuffled = torch.rand(z.shape, device=device).argsort(-1)       # (B, 1, N)
     done = 0
     for s in range(steps):
-        keep = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))    # so many are committed after this step:
-        keep = min(N, max(done + 1, keep))                               # one more at least (25 steps of 64 tokens begin 1, 1, 2)
-        place = shuffled[..., done:keep] if order == "random" else everywhere
-        logits = predict(z, place).float()                               # (B, 1, n, K)
-        if temperature > 0:
-            upto = (logits / temperature).softmax(-1).cumsum(-1)         # P(token <= k), up to 1, give or take rounding
-            u = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]            # one random number a token is enough
-            drawn = torch.searchsorted(upto, u).squeeze(-1)
-        else:
-            drawn = logits.argmax(-1)                                    # (B, 1, n)
+        # how many tokens are there by the end of this step? One more at least
+        upto = N - int(N * math.cos(0.5 * math.pi * (s + 1) / steps))
+        upto = min(N, max(done + 1, upto))
+        # in random order, only those whose turn has come are sampled
+        place = shuffled[..., done:upto] if order == "random" else everywhere
+        logits = predict(z, place).float()                          # (B, 1, n, V)
+        sampled = sample(logits, temperature)                       # (B, 1, n)
+        # by confidence, every place is sampled, and the surest of the masked ones stay
         if order == "confidence":
-            score = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            place = score.masked_fill(z != MASK, -math.inf).topk(keep - done, -1).indices
-            drawn = drawn.gather(-1, place)
-        z, done = z.scatter(-1, place, drawn), keep
+            score = logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
+            place = score.masked_fill(z != MASK, -math.inf).topk(upto - done, -1).indices
+            sampled = sampled.gather(-1, place)
+        z = z.scatter(-1, place, sampled)
+        done = upto
         if film is not None:
             film.append(z)
     return z
 
 
-def frames_of(x):
-    """The frames of x (B, T, ...), one by one: T of (B, 1, ...). Contiguous, so that their strides do not depend on T: torch.compile
-    would compile once more for each."""
-    return [frame.clone(memory_format=torch.contiguous_format) for frame in x.split(1, 1)]
-
-
-class World:
-    """A dynamics model being played: B worlds side by side, one frame at a time, in constant time and memory.
-
-    One pass a MaskGIT step: the cache keeps the frame as the last of them saw it, with holes (after a single step, nothing else).
-    Nothing is lost: the next frame is drawn over this one, and in training half of the past or more was masked, too; held-out
-    frames are predicted no worse than after a past without holes (README, lab notes). Two kinds of model need one more pass, over
-    the finished frame: over a blank canvas a frame is known by its own tokens alone, and two streams were trained on a whole past.
-    """
-
-    def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random", least=0.0):
-        """least: see `possible`. The rest: see `maskgit`."""
-        self.dynamics, self.B, self.steps, self.temperature, self.order = dynamics, B, steps, temperature, order
-        self.cache = dynamics.transformer.new_cache(B)
-        e = F.normalize(dynamics.buttons, dim=-1, eps=1.0)               # "nothing" is next to 0: it points nowhere
-        self.alike = 2 * e @ e.T                                         # (buttons, buttons): 2 cos(a, b), see `possible`
-        self.floor = dynamics.prior.came[..., round(1000 * least)]       # (buttons + 1, buttons)
-
-    def see(self, z, e, canvas):
-        """One pass of a frame z (B, 1, N), with holes or without: its features (B, 1, N, D)."""
-        return self.dynamics.features(z, e, canvas, cache=self.cache)
-
-    def advance(self, z, last, e, played):
-        """Frame z (B, 1, N) is finished, drawn over frame `last` under action e (B, 1, D), which is code `played` (B,). The cache moves on, and
-        the prior tells how `likely` (B, buttons) each code is to come next."""
-        self.last, self.played, self.likely = z, played, self.dynamics.prior(z, last, e)[:, 0].softmax(-1)
-        self.cache.advance()
-
-    def possible(self, a):
-        """Codes a (B,) as they will be played. Told "rising" in mid-fall, which no video ever showed, the model would have to make up
-        something. So a code becomes another where the prior expects it less than in all but a share `least` of the moments at which it
-        did come after the code played last (conformal prediction, Vovk et al. 2005): rare is not impossible, and who ran on a moment ago
-        is measured by those who run on. What did the player mean? Something likely that points the same way in the LAM's codebook: Bayes'
-        rule, where meaning b and saying a has odds of exp(2 cos(a, b))."""
-        rare = (self.likely < self.floor[self.played]) & (self.likely < self.likely.amax(-1, keepdim=True))    # (B, buttons), never all of them
-        meant = (self.likely.log() + self.alike[a]).masked_fill(rare, -math.inf).argmax(-1)
-        return torch.where(rare.gather(-1, a[:, None])[:, 0], meant, a)
-
-    @torch.no_grad()
-    def prompt(self, z, a=None):
-        """Forget everything; begin with frames z (B, T, N) and the actions a (B, T-1) between them."""
-        d = self.dynamics
-        a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device) if a is None else a
-        self.cache.clear()
-        played = F.pad(a, (1, 0), value=len(d.buttons))                  # (B, T): nothing led to the first, see `chances`
-        for frame, last, e, code in zip(*map(frames_of, (z, d.before(z), d.actions(a), played))):    # each (B, 1, ...)
-            self.see(frame, e, d.paint(last))
-            self.advance(frame, last, e, code[:, 0])
-
-    @torch.no_grad()
-    def step(self, a, film=None):
-        """Press buttons a (B,): the tokens (B, 1, N) of the next frame."""
-        d, a = self.dynamics, self.possible(a)
-        e, canvas = d.vectors(a[:, None]), d.paint(self.last)            # (B, 1, D), (B, 1, N, D)
-        predict = lambda z, place: d.logits_at(place, self.see(z, e, canvas))
-        z = maskgit(predict, self.B, d.N, d.MASK, self.steps, self.temperature, self.order, a.device, film)
-        if d.wants_whole_past:
-            self.see(z, e, canvas)
-        self.advance(z, self.last, e, a)
-        return z
-
-    def snapshot(self):
-        """What the next step will overwrite: to take it back ("undo", "what would every other button do")."""
-        return self.last, self.played, self.likely, self.cache.snapshot()
-
-    def restore(self, snapshot):
-        self.last, self.played, self.likely, cached = snapshot
-        self.cache.restore(cached)
+def sample(logits, temperature):
+    """Tokens (...) from logits (..., V), each as often as softmax(logits / temperature) says."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    # the first token whose cumulative probability reaches a random number: faster than
+    # torch.multinomial, which draws a random number for each entry of the vocabulary
+    upto = (logits / temperature).softmax(-1).cumsum(-1)            # (..., V)
+    # rounding may leave the last entry below 1
+    u = (1 - torch.rand_like(upto[..., :1])) * upto[..., -1:]
+    return torch.searchsorted(upto, u).squeeze(-1)
 
 
 @torch.no_grad()
-def rollout(dynamics, z, a, cached=True, **sampling):
-    """Go on from frames z (B, T, N) under actions a (B, T-1+M), of which the first T-1 led to z: (B, T+M, N).
+def rollout(dynamics, z, a, **sampling):
+    """Inference, as section 2.2 defines it: go on from frames z (B, T, N) under actions a.
 
-    cached=False computes the whole past anew at every MaskGIT step: slow, without a cache, and exactly the same result. What
-    is told is played, likely or not (least 0).
+    a (B, T-1+M): the first T-1 led to z, the others lead on. Returns (B, T+M, N). Every MaskGIT
+    step computes the whole past anew. `generate` gives the same tokens, faster.
     """
-    d, T = dynamics, z.size(1)
-    if cached:
-        world = World(d, len(z), **sampling)
-        world.prompt(z, a[:, :T - 1])
-        return torch.cat([z] + [world.step(a[:, t]) for t in range(T - 1, a.size(1))], 1)
-    seen = z                                                             # each frame as its last pass saw it
-    for t in range(T - 1, a.size(1)):
-        e, drafts = d.actions(a[:, :t + 1]), []
-        canvas = d.paint(F.pad(z, (0, 0, 1, 0), value=d.MASK))           # the frame before each of frames 1..t and the new one
+    for t in range(z.size(1) - 1, a.size(1)):
+        # the actions that led to each frame, the new one included
+        e = dynamics.actions(a[:, :t + 1])                          # (B, t+2, D)
 
         def predict(new, place):
-            drafts.append(new)
-            return d.logits_at(place, d.features(torch.cat([seen, new], 1), e, canvas)[:, -1:])
+            x = dynamics.features(torch.cat([z, new], 1), e)
+            return dynamics.logits_at(place, x[:, -1:])
 
-        new = maskgit(predict, len(z), d.N, d.MASK, device=z.device, **sampling)
-        z, seen = torch.cat([z, new], 1), torch.cat([seen, new if d.wants_whole_past else drafts[-1]], 1)
+        new = maskgit(predict, len(z), dynamics.N, dynamics.MASK, device=z.device, **sampling)
+        z = torch.cat([z, new], 1)
     return z
 
 
-def sampling_of(args):
-    return dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
+# ------------------------------------------------------------------------------- what we added
+
+# Largest share of the given tokens that are replaced at random in training. 0.3 was better than 0.1
+# at size laptop. The other sizes have been measured with 0.1 only.
+NOISE = dict(test=0.1, laptop=0.3, gpu=0.1, coinrun=0.1)
+# training steps of the prior, of 64 clips each
+PRIOR_STEPS = dict(test=200, laptop=2500, gpu=2500, coinrun=2500)
 
 
-# ------------------------------------------------------------------------------------------------ what it learned
+class OurDynamics(Dynamics):
+    """--recipe ours. What differs, and why:
 
-@torch.no_grad()
-def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=32):
-    """PSNR with inferred actions, with random ones, and of the first frame kept, at generated frames 1..frames.
-
-    One real frame is the prompt (play shows it twice, at rest; a frame of a clip need not be); x^ follows the actions
-    inferred from the clip, x^' uniformly random ones. Three tensors (clips, frames). delta_t PSNR (section 3, Metrics) is
-    the first minus the second at t = 4.
+    - canvas: a frame is drawn over the last one. Each token's input is its own embedding (or that
+      of MASK), plus what was in its place and around it a frame ago. Most of the next frame is
+      the last one, moved by a few pixels. Without a canvas the model must first learn to fetch
+      that, and only then what an action does to it.
+    - noise: some of the given tokens are replaced at random, so that the model learns to live with
+      its own mistakes (as GameNGen does). Without it worlds fall apart after some 50 frames.
+    - unfinished past: in play a frame is remembered as its last MaskGIT pass saw it, some tokens
+      still masked, as in training. The paper's finished past takes a pass more for each frame.
+    - prior: a small network learns afterwards which codes can come next. See Prior.
+    - ffw: see STBlock.
     """
-    generator = torch.Generator().manual_seed(0)
-    result = []
-    for x in tqdm(clips[:, :frames + 1].split(batch), desc=f"{frames} frames ahead", dynamic_ncols=True):
-        a = lam.encode(x)                                                # (B, frames)
-        b = torch.randint(len(dynamics.buttons), a.shape, generator=generator).to(a.device)
-        z = tokenizer.encode(x[:, :1])
-        y = [tokenizer.decode(rollout(dynamics, z, actions, **sampling)) for actions in (a, b)]
-        result.append(torch.stack([psnr(v[:, 1:], x[:, 1:]) for v in (*y, x[:, :1].expand_as(x))]))
-    return torch.cat(result, 1)
+    ffw = 4
+    remembers_finished = False
+
+    def __init__(self, rows, columns, vocabulary, codes, latent_dim, window, dim, layers, heads,
+                 noise=0.0, pixels=192):
+        """noise: in training. pixels: of a patch, see Prior."""
+        super().__init__(rows, columns, vocabulary, codes, latent_dim, window, dim, layers, heads)
+        self.noise = noise
+        self.embed_last = nn.Embedding(vocabulary + 1, dim)         # MASK: there was no frame
+        nn.init.normal_(self.embed_last.weight, std=0.5)
+        self.around = Neighbours(rows, columns, dim)
+        # it learns afterwards, see learn_prior
+        self.prior = Prior(rows, columns, vocabulary, codes, pixels, dim).requires_grad_(False)
+
+    def before(self, z):
+        """The frame before each frame of z (B, T, N). Before the first there was none: MASK."""
+        return F.pad(z[:, :-1], (0, 0, 1, 0), value=self.MASK)
+
+    def paint(self, last):
+        """The canvas (B, T, N, D): what was in each place and around it in frames `last`."""
+        return self.around(self.embed_last(last))
+
+    def with_noise(self, z):
+        """Tokens z (B, T, N), of each clip another share of them replaced at random."""
+        coin = torch.rand(z.shape, device=z.device)
+        wrong = coin < self.noise * torch.rand(len(z), 1, 1, device=z.device)
+        return torch.where(wrong, torch.randint(self.V, z.shape, device=z.device), z)
+
+    def features(self, z, e, canvas, cache=None):
+        """Tokens z (B, T, N), actions e (B, T, D), canvas (B, T, N, D) -> (B, T, N, D)."""
+        x = self.embed(z) + canvas                                  # (B, T, N, D)
+        x = x + e.unsqueeze(2)
+        return self.transformer(x, cache)
+
+    def forward(self, z, a):
+        """Clips z (B, T, N) under latent actions a (B, T-1) -> the loss."""
+        # mask half of the tokens or more, as the paper does
+        masked = self.draw_mask(z)
+        # noise: some of the tokens are wrong
+        given = self.with_noise(z)
+        # the canvas shows the frame before, noise included; nothing on it is masked
+        canvas = self.paint(self.before(given))
+        x = self.features(given.masked_fill(masked, self.MASK), self.actions(a), canvas)
+        # what is to be found are the tokens as they were
+        return self.loss(x, z, masked)
 
 
 @torch.no_grad()
-def evaluate(dynamics, args, tokenizer, lam):
-    """Held-out levels: delta_psnr with its standard error. Writes the picture."""
-    dynamics.eval()
-    torch.manual_seed(0)
-    valid = Clips(args.data, "valid", 5, args.device)                    # the prompt and four frames
-    x = valid.at(valid.spread(args.scored))
-    inferred, random, still = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))[:, :, 3]   # at t = 4
-    delta = inferred - random
-    a = lam_stage.actions_of(lam, x)                                     # (clips, 4)
-    surprise = dynamics.surprise(tokenizer_stage.tokens_of(tokenizer, x), a)
-    scores = dict(delta_psnr=delta.mean().item(), delta_psnr_se=(delta.std() / len(x) ** 0.5).item(), psnr_t4=inferred.mean().item(),
-                  psnr_t4_random=random.mean().item(), copy_psnr_t4=still.mean().item(), clips=len(x), maskgit=args.maskgit, temperature=args.temperature,
-                  order=args.order, code_surprise=surprise.item(), code_entropy=perplexity(a, len(dynamics.buttons)).log().item())
-    long = Clips(args.data, "valid", 9, args.device)
-    x = long.at(long.spread(5)[1:4])                                     # (3, 9, H, W, C)
-    picture(dynamics, tokenizer, lam, x, args)
-    unmasking(dynamics, tokenizer, lam, x[1:2], args)
-    return scores | curve(dynamics, tokenizer, lam, args)
-
-
-def picture(dynamics, tokenizer, lam, x, args):
-    """Clips x (3, 9, H, W, C), each above the model's version of it; then a frame of the second under every button."""
-    sampling, K = sampling_of(args), len(dynamics.buttons)
-    y = tokenizer.decode(rollout(dynamics, tokenizer.encode(x[:, :1]), lam.encode(x), **sampling))
-    z = tokenizer.encode(x[1:2, :1]).expand(K, -1, -1)                   # (K, 1, N)
-    held = torch.arange(K, device=z.device)[:, None].expand(-1, 8)       # (K, 8)
-    rows = [clip for pair in zip(x, y) for clip in pair] + list(tokenizer.decode(rollout(dynamics, z, held, **sampling)))
-    save_picture(args.run / "dynamics.png", rows, "three held-out clips, each above the model's version from its first "
-                 "frame and inferred actions; then one frame under every button, held for 8 frames")
-
-
-def curve(dynamics, tokenizer, lam, args):
-    """How control fades: PSNR with inferred actions, random ones and the prompt kept, up to 16 frames ahead. Writes the picture."""
-    plt = pyplot_for_files()
-    frames = min(16, max(Clips(args.data, "valid", 1).meta["episodes"]["valid"]) - 1)
-    data = Clips(args.data, "valid", frames + 1, args.device)
-    x = data.at(data.spread(min(32, args.scored)))
-    result = delta_psnr(dynamics, tokenizer, lam, x, frames, sampling_of(args)).cpu()        # 3 x (clips, frames)
-    figure, ax = plt.subplots(figsize=(6, 3.5))
-    for row, label, style in zip(result, ("inferred actions", "random actions", "the prompt, kept"), ("-o", "--o", ":")):
-        mean, error = row.mean(0), row.std(0) / len(row) ** 0.5
-        ax.plot(range(1, frames + 1), mean, style, label=label, markersize=3)
-        ax.fill_between(range(1, frames + 1), mean - error, mean + error, alpha=0.2)
-    ax.set(xlabel="generated frame t", ylabel="PSNR, dB", title=f"the gap is delta_t PSNR ({len(x)} held-out clips)")
-    ax.legend()
-    save_figure(args.run / "delta_psnr.png", figure, "how control fades with t")
-    plt.close(figure)
-    rounded = lambda row: [round(v, 2) for v in row.mean(0).tolist()]
-    return dict(psnr_curve=rounded(result[0]), delta_psnr_curve=rounded(result[0] - result[1]), curve_clips=len(x))
-
-
-@torch.no_grad()
-def unmasking(dynamics, tokenizer, lam, x, args, frames=6, steps=8):
-    """A small film of MaskGIT at work: frames of clip x (1, T, H, W, C) as they are filled in; grey is still masked."""
-    world = World(dynamics, 1, steps, args.temperature, args.order)
-    past = tokenizer.encode(x[:, :1])                                    # (1, T, N)
-    world.prompt(past)
-    actions, film = lam.encode(x), [tokenizer.decode(past)[0, -1]] * 4
-    for t in range(frames):
+def rollout_ours(dynamics, z, a, **sampling):
+    """`rollout` for OurDynamics: over a canvas, and with the past as its last passes saw it."""
+    seen = z
+    for t in range(z.size(1) - 1, a.size(1)):
+        e = dynamics.actions(a[:, :t + 1])                          # (B, t+2, D)
+        # the frame before each frame, the new one included
+        canvas = dynamics.paint(F.pad(z, (0, 0, 1, 0), value=dynamics.MASK))
         drafts = []
-        z = world.step(actions[:, t], film=drafts)
-        for draft in drafts:
-            hole = (draft == dynamics.MASK)                              # (1, 1, N)
-            pixels = tokenizer.decode(torch.cat([past, torch.where(hole, past[:, -1:], draft)], 1))[:, -1:]
-            patches = patchify(pixels, tokenizer.patch).masked_fill(hole[..., None], 0.5)
-            film.append(unpatchify(patches, tokenizer.patch, tokenizer.height, tokenizer.width)[0, 0])
-        past = torch.cat([past, z], 1)
-    write_gif(args.run / "maskgit.gif", [f.cpu().numpy() for f in film], fps=5)
+
+        def predict(new, place):
+            drafts.append(new)
+            x = dynamics.features(torch.cat([seen, new], 1), e, canvas)
+            return dynamics.logits_at(place, x[:, -1:])
+
+        new = maskgit(predict, len(z), dynamics.N, dynamics.MASK, device=z.device, **sampling)
+        z = torch.cat([z, new], 1)
+        seen = torch.cat([seen, new if dynamics.remembers_finished else drafts[-1]], 1)
+    return z
 
 
-def load_upstream(args, stages):
-    """The frozen models of the run folder that come before; all must come from the data in use."""
-    data = Clips(args.data, "train", args.frames, args.device)
-    models = []
-    for stage in stages:
-        name = stage.__name__
-        model, ckpt = load_model(args.run / f"{name}.pt", stage.build, name, args.device)
-        if ckpt["origin"]["data"] != data.name:
-            stop(f"{args.run}/{name}.pt was trained on {ckpt['origin']['data']}, but {args.data} is {data.name}; use its --run "
-                 f"folder, or train it on this data")
-        if ckpt["step"] < ckpt["knobs"]["steps"]:                        # finished later, it would be another model than this was trained on
-            stop(f"{args.run}/{name}.pt is at step {ckpt['step']} of {ckpt['knobs']['steps']}; finish it first: the same {name}.py command with "
-                 f"--resume (and --steps {ckpt['step']}, if that is enough)")
-        models.append(model)
-    return data, *models
+# ............................................................ playing: the rollout made fast
 
 
-def begin_lam(args):
-    """For --cotrain: a LAM and its Run, set up as lam.py would, but to be trained on the clips of the dynamics, for as many steps."""
-    flags = [f"--{k}={getattr(args, k)}" for k in ("data", "run", "size", "seed", "device", "steps", "batch", "frames")]
-    if args.resume:
-        flags.append("--resume")
-    args = settle(parser(lam_stage.__doc__, lam_stage.KNOBS, flaw=lam_stage.FLAWS).parse_args(flags), "lam")
-    clips, config = lam_stage.begin(args)
-    torch.manual_seed(args.seed)
-    lam = lam_stage.build(**config).to(args.device)
-    return lam, Run("lam", args, lam, make_optimizer(lam, args.lr), config, data=clips.name)
+class World:
+    """A dynamics model in play: B worlds side by side, one frame at a time.
+
+    It draws what `rollout` draws. The cache keeps the past, so that a MaskGIT step is a pass of
+    one frame, and time and memory do not grow.
+    """
+
+    def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
+        """steps, temperature, order: see maskgit."""
+        self.dynamics = dynamics
+        self.B = B
+        self.steps = steps
+        self.temperature = temperature
+        self.order = order
+        self.cache = dynamics.transformer.new_cache(B)
+        # where the world is, set by `prompt` and `step`
+        self.last = None            # the newest frame (B, 1, N)
+        self.before = None          # the frame before it (B, 1, N)
+        self.action = None          # the vector of the action between the two (B, 1, D)
+        self.played = None          # the code of that action (B,)
+
+    @torch.no_grad()
+    def prompt(self, z, a=None):
+        """Forget everything. Begin with frames z (B, T, N) and the codes a (B, T-1) between."""
+        d = self.dynamics
+        if a is None:
+            a = torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
+        self.cache.clear()
+        self.last = torch.full_like(frames_of(z)[0], d.MASK)        # there was no frame
+        # no code led to the first frame: the number after the last code stands for that
+        codes = F.pad(a, (1, 0), value=len(d.codebook))             # (B, T)
+        for frame, e, code in zip(frames_of(z), frames_of(d.actions(a)), codes.unbind(1)):
+            self.start_frame(e, code)
+            self.run_pass(frame)
+            self.end_frame(frame)
+
+    @torch.no_grad()
+    def step(self, a, film=None):
+        """Play codes a (B,). Returns the tokens (B, 1, N) of the next frame. film: see maskgit."""
+        d = self.dynamics
+        self.start_frame(d.vectors(a[:, None]), a)
+
+        def predict(z, place):
+            return d.logits_at(place, self.run_pass(z))
+
+        z = maskgit(predict, self.B, d.N, d.MASK, steps=self.steps, temperature=self.temperature,
+                    order=self.order, device=a.device, film=film)
+        # one pass more writes the keys and values of the finished frame
+        if d.remembers_finished:
+            self.run_pass(z)
+        self.end_frame(z)
+        return z
+
+    def start_frame(self, e, a):
+        """Begin a new frame, to which codes a (B,) lead, with action vectors e (B, 1, D)."""
+        self.action = e
+        self.played = a
+
+    def run_pass(self, z):
+        """One pass of the new frame z (B, 1, N), masked in part or not at all: (B, 1, N, D)."""
+        return self.dynamics.features(z, self.action, self.cache)
+
+    def end_frame(self, z):
+        """The new frame is z (B, 1, N). Go on to the next."""
+        self.before = self.last
+        self.last = z
+        self.cache.advance()
+
+    def snapshot(self):
+        """What the next step will overwrite, for `restore`."""
+        return self.last, self.before, self.action, self.played, self.cache.snapshot()
+
+    def restore(self, snapshot):
+        """Take back the step since `snapshot`."""
+        self.last, self.before, self.action, self.played, cached = snapshot
+        self.cache.restore(cached)
 
 
-def lam_step(run, net, x, step, args):
-    """One step of lam.py on clips x, for --cotrain: the latent actions (B, T-1). They are integers: no gradient of the dynamics
-    loss can pass through them, which is the stop-gradient of section 2.1."""
-    schedule(run.optimizer, step, run.args)
-    with autocast(args):
-        loss, a, _ = net(x, step >= run.args.root_from * run.args.steps, run.args.shifted)
-    run.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    return a
+class OurWorld(World):
+    """The same for OurDynamics, which draws a frame over the last one."""
+
+    def start_frame(self, e, a):
+        super().start_frame(e, a)
+        self.canvas = self.dynamics.paint(self.last)                # (B, 1, N, D)
+
+    def run_pass(self, z):
+        return self.dynamics.features(z, self.action, self.canvas, self.cache)
+
+
+def new_world(dynamics, B=1, **sampling):
+    """The World that fits the model."""
+    kind = OurWorld if isinstance(dynamics, OurDynamics) else World
+    return kind(dynamics, B, **sampling)
+
+
+def frames_of(x):
+    """The frames of x (B, T, ...), one by one: T of (B, 1, ...).
+
+    They are contiguous. Otherwise their strides would depend on T, and torch.compile would compile
+    once more for each T.
+    """
+    return [frame.clone(memory_format=torch.contiguous_format) for frame in x.split(1, 1)]
+
+
+def generate(dynamics, z, a, **sampling):
+    """What `rollout` draws, by the cache: frames z (B, T, N), codes a (B, T-1+M) -> (B, T+M, N)."""
+    T = z.size(1)
+    world = new_world(dynamics, len(z), **sampling)
+    world.prompt(z, a[:, :T - 1])
+    return torch.cat([z] + [world.step(a[:, t]) for t in range(T - 1, a.size(1))], 1)
+
+
+# ............................................................ the prior
+
+
+class Prior(nn.Module):
+    """Which latent action can come next? Logits of the next code, from the last two frames.
+
+    A latent action tells what happened, and not everything can happen anywhere: who falls cannot
+    rise. play.py asks the prior what can be. It knows a token by its appearance, not by its
+    number. A few pixels of two patches tell that the hero stands at a wall, and most of the
+    thousand tokens of such patches are too rare to be learned one by one.
+    """
+
+    def __init__(self, rows, columns, vocabulary, codes, pixels, action_dim, dim=32):
+        super().__init__()
+        # of each token, see appearance_of; the last one stands for: there was no frame
+        self.register_buffer("appearance", torch.zeros(vocabulary + 1, pixels))
+        self.embed_appearance = nn.Sequential(nn.Linear(pixels, 2 * dim), nn.ReLU(),
+                                              nn.Linear(2 * dim, 2 * dim))
+        self.embed_action = nn.Linear(action_dim, dim)
+        self.around = Neighbours(rows, columns, dim)
+        self.head = nn.Linear(rows * columns * dim, codes)
+        # how surely each code was expected when it came after each other code, see quantiles_of
+        self.register_buffer("quantiles", torch.zeros(codes + 1, codes, 101))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Weights that know nothing: anything may come next, about evenly."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.reset_parameters()
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, z, last, e):
+        """Frames z and the frame before each, last (B, T, N); e (B, T, D), the action between.
+
+        Returns the logits of the code that comes next, (B, T, codes).
+        """
+        # more tokens than the vocabulary has, as in training: embed each of it once, look them up
+        if z.numel() > len(self.appearance):
+            now, ago = self.embed_appearance(self.appearance).chunk(2, -1)  # (V+1, dim) each
+            now, ago = F.embedding(z, now), F.embedding(last, ago)  # (B, T, N, dim) each
+        # fewer, as in play: embed only what is there
+        else:
+            both = self.embed_appearance(self.appearance[torch.stack([z, last])])
+            now = both[0].chunk(2, -1)[0]                           # (B, T, N, dim)
+            ago = both[1].chunk(2, -1)[1]
+        # what is there, what was there, and what was done
+        h = now + ago + self.embed_action(e).unsqueeze(2)
+        return self.head(F.relu(self.around(h)).flatten(2))
+
+
+def expected(dynamics, z, a):
+    """What the prior expects of each code a (B, T-1) of clips z (B, T, N): (B, T-1, codes).
+
+    These are logits. Those of code t are told frames t-1 and t, and the action between them.
+    """
+    e = dynamics.actions(a)[:, :-1].detach()
+    return dynamics.prior(z[:, :-1], dynamics.before(z)[:, :-1], e).float()
+
+
+def surprise(dynamics, z, a):
+    """The loss of the prior: the cross-entropy of codes a (B, T-1) in clips z (B, T, N)."""
+    return F.cross_entropy(expected(dynamics, z, a).flatten(0, 1), a.flatten())
 
 
 @torch.no_grad()
-def encode(data, tokenizer, lam, args):
-    """All of the data as tokens (F, N) and latent actions (F,), once: both models are frozen (the stop-gradient of section 2.1),
-    so doing it in every step would only repeat it (nearly: a clip's first frame would have no past, which changes 1 token in 1,000).
-    Action f leads from frame f to f+1 (-1: nowhere, at the end of an episode). Tokens are made in fp32, as in play: in bf16 5 % of them
-    would be others. Actions may be made in bf16: 1 in 300 is another, and play infers none. lam=None: no actions.
-    Kept in tokens.pt of the run folder, for --resume and for the next experiment on the same tokenizer, or the same two models."""
-    path, about, kept = args.run / "tokens.pt", data.path.stat(), {}
-    if path.exists():
-        try:
-            kept = dict(torch.load(path, map_location=data.device, weights_only=True))
-        except Exception as e:                                           # torch.load raises half a dozen types
-            stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
-    made_from = [data.name, about.st_size, about.st_mtime_ns, data.T]
-    tokens_from = [*made_from, fingerprint(tokenizer)]
-    actions_from = [*made_from, fingerprint(lam)] if lam else []
-    new_tokens, new_actions = kept.get("tokens_of") != tokens_from, kept.get("actions_of") != actions_from
-    z, a = kept.get("tokens"), kept.get("actions")
-    if new_tokens:
-        z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
-    if new_actions:
-        a = torch.full(z.shape[:1], 0 if args.bench else -1, dtype=torch.short, device=data.device)
-    if not new_tokens and (lam is None or not new_actions):
-        return z, a
-    clips = data.cover()[::-1][:4 if args.bench else None]               # the speed of training is the same with zeros
-    clips = np.pad(clips, (0, -len(clips) % 4), mode="edge").reshape(-1, 4)      # fours, the last one repeated: one shape, compiled once
-    for starts in tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True):
-        x = data.at(starts)                                              # (4, T, H, W, C)
-        if new_tokens:                                                   # one clip after the other, from the end: a frame that two clips share
-            for start, tokens in zip(starts, tokenizer.encode(x).int()):         # has the tokens of the one where it has more past
-                z[start:start + data.T] = tokens
-        if lam and new_actions:
-            with autocast(args):
-                for start, codes in zip(starts, lam.encode(x).short()):
-                    a[start:start + data.T - 1] = codes
-    if args.rank == 0 and not args.bench:
-        write_atomically(path, lambda f: torch.save(dict(tokens=z, tokens_of=tokens_from, actions=a, actions_of=actions_from), f))
-    return z, a
+def appearance_of(tokenizer):
+    """What each token looks like: (V, P*P*C), standardized.
 
-
-def clips_of(tokens, actions, starts, frames):
-    """The clips that begin at starts (B,), out of all of the data: tokens (B, T, N) and the actions between their frames (B, T-1)."""
-    index = torch.from_numpy(starts[:, None] + np.arange(frames)).to(tokens.device, non_blocking=True)
-    return tokens[index].long(), actions[index[:, :-1]].long()
-
-
-@torch.no_grad()
-def looks_of(tokenizer):
-    """What each code looks like: the mean patch (K, P*P*C) of a frame of nothing but this code; all of them to mean 0 and variance 1."""
-    z = torch.arange(len(tokenizer.vq.codebook), device=tokenizer.vq.codebook.device)[:, None, None].expand(-1, 1, tokenizer.tokens)
-    x = torch.cat([patchify(tokenizer.decode(part), tokenizer.patch).mean((1, 2)) for part in z.split(64)])
+    It is the mean patch of a frame that consists of this token alone.
+    """
+    V = len(tokenizer.vq.codebook)
+    z = torch.arange(V, device=tokenizer.vq.codebook.device)
+    z = z[:, None, None].expand(-1, 1, tokenizer.tokens)            # (V, 1, N)
+    patches = []
+    for part in z.split(64):
+        patches.append(patchify(tokenizer.decode(part), tokenizer.patch).mean((1, 2)))
+    x = torch.cat(patches)
     return (x - x.mean(0)) / x.std()
 
 
 def learn_prior(dynamics, tokens, actions, clips, args):
-    """Train the prior of a finished model, from the start. Many clips a step: most moments tell it nothing new, and walls are rare.
-    The last tenth of the data is kept from it, for `chances`."""
+    """Train the prior of a finished model, from the start, on all but the last tenth of the data.
+
+    Many clips a step: most moments tell it nothing new, and walls are rare.
+    """
     torch.manual_seed(args.seed)
-    prior = dynamics.prior.reset_parameters().requires_grad_(True)
+    steps = PRIOR_STEPS[args.size]
+    prior = dynamics.prior.requires_grad_(True)
+    prior.reset_parameters()
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.prior_steps)
-    cut = len(clips.starts) * 9 // 10
-    taught, kept = clips.starts[:max(1, cut)], clips.starts[cut:]
-    for step in (bar := tqdm(range(args.prior_steps), desc="prior", mininterval=1, dynamic_ncols=True)):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    cut = max(1, len(clips.starts) * 9 // 10)
+    taught, kept = clips.starts[:cut], clips.starts[cut:]
+    bar = tqdm(range(steps), desc="prior", mininterval=1, dynamic_ncols=True)
+    for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)
-        z, a = clips_of(tokens, actions, taught[torch.randint(len(taught), (64,)).numpy()], args.frames)
+        starts = taught[torch.randint(len(taught), (64,)).numpy()]
+        z, a = clips_of(tokens, actions, starts, args.frames)
         with autocast(args):
-            loss = dynamics.surprise(z, a)
+            loss = surprise(dynamics, z, a)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -567,99 +507,328 @@ def learn_prior(dynamics, tokens, actions, clips, args):
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     prior.requires_grad_(False)
-    prior.came.copy_(chances(dynamics, tokens, actions, kept, args.frames))
+    prior.quantiles.copy_(quantiles_of(dynamics, tokens, actions, kept, args.frames))
 
 
 @torch.no_grad()
-def chances(dynamics, tokens, actions, starts, frames):
-    """What chance does the prior give each code when it comes, after each other? A table (buttons + 1, buttons, 101): column s of (last, code)
-    is a chance that only s in 1,000 moments at which `code` followed `last` stay below (conformal prediction); 0 where there are too few to
-    tell. The last row is for frames that nothing led to. Pairs that came less than 100 times have what their code has after any other. A
-    code that never came has 1 (but in column 0). From clips that the prior did not learn from: what it has seen, it expects too surely."""
-    table, before, came, chance = torch.zeros_like(dynamics.prior.came), [], [], []
-    starts = starts[::frames - 1]                                        # nearly every moment once
+def quantiles_of(dynamics, tokens, actions, starts, frames):
+    """How surely did the prior expect each code when it came, after each other code?
+
+    Returns (codes + 1, codes, 101). Entry s of (last, code) is the s/1000 quantile of the
+    probability that the prior gave to `code`, over the moments when it followed `last` (conformal
+    prediction, Vovk et al. 2005). It is 0 where there are too few moments to tell. The last row is
+    for frames that no code led to. A code that followed `last` less than 100 times has the
+    quantiles over all its moments. A code that never came has 1, except at s = 0. The clips must
+    be some that the prior did not learn from: what it has seen, it expects too surely.
+    """
+    table = torch.zeros_like(dynamics.prior.quantiles)
+    before, came, chance = [], [], []
+    # nearly every moment once
+    starts = starts[::frames - 1]
     for i in range(0, len(starts), 64):
-        z, a = clips_of(tokens, actions, starts[i:i + 64], frames)       # (64, T, N), (64, T-1)
+        z, a = clips_of(tokens, actions, starts[i:i + 64], frames)  # (64, T, N), (64, T-1)
         before.append(F.pad(a[:, :-1], (1, 0), value=len(table) - 1).flatten())
         came.append(a.flatten())
-        chance.append(dynamics.foresee(z, a).softmax(-1).gather(-1, a[..., None]).flatten())
-    before, came, chance = map(torch.cat, (before, came, chance))
+        likely = expected(dynamics, z, a).softmax(-1)               # (64, T-1, codes)
+        chance.append(likely.gather(-1, a[..., None]).flatten())
+    before, came, chance = torch.cat(before), torch.cat(came), torch.cat(chance)
     for last, code in np.ndindex(*table.shape[:2]):
         pair = (came == code) & (before == last)
         mine = chance[pair if pair.sum() >= 100 else came == code]
-        mine = F.pad(mine.sort().values, (1, 0))                         # (n + 1,), the first is 0
-        table[last, code] = mine[torch.arange(101, device=mine.device) * len(mine) // 1000]      # a new moment has each of n + 1 ranks alike
+        # a new moment is equally likely to fall into each of the n + 1 gaps; the first begins at 0
+        mine = F.pad(mine.sort().values, (1, 0))
+        rank = torch.arange(101, device=mine.device) * len(mine) // 1000
+        table[last, code] = mine[rank]
     for code in range(table.size(1)):
         if not (actions == code).any():
             table[:, code, 1:] = 1
     return table
 
 
-build = Dynamics                # for load_model
+MODELS = dict(paper=Dynamics, ours=OurDynamics)
 
 
-def main(argv=None):
-    words = dict(action=("add", "prepend"), canvas=("last", "blank"), masking=("paper", "frames", "streams"),
-                 order=("random", "confidence"), flaw=FLAWS)
-    p = parser(__doc__, KNOBS, **words)
-    p.add_argument("--cotrain", action="store_true", help="train a LAM along with it (section 2.1), instead of loading lam.pt")
+def build(recipe, **config):
+    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    return MODELS[recipe](**config)
+
+
+# ------------------------------------------------------------------------------- what it learned
+
+
+def sampling_of(args):
+    return dict(steps=args.maskgit, temperature=args.temperature)
+
+
+@torch.no_grad()
+def delta_psnr(dynamics, tokenizer, lam, clips, frames, sampling, batch=32):
+    """PSNR with inferred actions, with random ones, and of the first frame kept, frame by frame.
+
+    One real frame is the prompt. x^ follows the actions inferred from the clip, x^' uniformly
+    random ones. Returns three tensors (clips, frames), stacked. delta_t PSNR (section 3, Metrics)
+    is the first minus the second at t = 4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = len(dynamics.codebook)
+    result = []
+    parts = clips[:, :frames + 1].split(batch)
+    for x in tqdm(parts, desc=f"{frames} frames ahead", dynamic_ncols=True):
+        a = lam.encode(x)                                           # (B, frames)
+        b = torch.randint(codes, a.shape, generator=generator).to(a.device)
+        prompt = tokenizer.encode(x[:, :1])                         # (B, 1, N)
+        inferred = tokenizer.decode(generate(dynamics, prompt, a, **sampling))
+        random = tokenizer.decode(generate(dynamics, prompt, b, **sampling))
+        kept = x[:, :1].expand_as(x)
+        result.append(torch.stack([psnr(y[:, 1:], x[:, 1:]) for y in (inferred, random, kept)]))
+    return torch.cat(result, 1)
+
+
+@torch.no_grad()
+def evaluate(dynamics, args, tokenizer, lam):
+    """Held-out levels: delta_psnr at t = 4 with its standard error. Writes dynamics.png."""
+    dynamics.eval()
+    torch.manual_seed(0)
+    # the prompt and four frames
+    valid = Clips(args.data, "valid", 5, args.device)
+    x = valid.at(valid.spread(args.scored))                         # (B, 5, H, W, C)
+    curves = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))
+    inferred, random, kept = curves[:, :, 3]                        # (B,) each, at t = 4
+    delta = inferred - random
+    scores = dict(delta_psnr=delta.mean().item(),
+                  delta_psnr_se=(delta.std() / len(x) ** 0.5).item(),
+                  psnr_t4=inferred.mean().item(),
+                  psnr_t4_random=random.mean().item(),
+                  copy_psnr_t4=kept.mean().item(),
+                  clips=len(x), maskgit=args.maskgit, temperature=args.temperature)
+    # how well the prior knows what comes next, beside what one knows of how common codes are
+    a = lam_stage.actions_of(lam, x)                                # (B, 4)
+    if dynamics.prior is not None:
+        z = tokenizer_stage.tokens_of(tokenizer, x)
+        scores["code_surprise"] = surprise(dynamics, z, a).item()
+    scores["code_entropy"] = perplexity(a, len(dynamics.codebook)).log().item()
+    picture(dynamics, tokenizer, lam, args)
+    return scores
+
+
+def picture(dynamics, tokenizer, lam, args):
+    """Write dynamics.png: three held-out clips, each above the model's version of it, then one
+    frame under every code."""
+    data = Clips(args.data, "valid", 9, args.device)
+    x = data.at(data.spread(5)[1:4])                                # (3, 9, H, W, C)
+    sampling = sampling_of(args)
+    prompt = tokenizer.encode(x[:, :1])                             # (3, 1, N)
+    y = tokenizer.decode(generate(dynamics, prompt, lam.encode(x), **sampling))
+    rows = []
+    for real, drawn in zip(x, y):
+        rows += [real, drawn]
+    # a frame of the second clip, each code held for eight frames
+    K = len(dynamics.codebook)
+    prompt = tokenizer.encode(x[1:2, :1]).expand(K, -1, -1)         # (K, 1, N)
+    held = torch.arange(K, device=x.device)[:, None].expand(-1, 8)  # (K, 8)
+    rows += list(tokenizer.decode(generate(dynamics, prompt, held, **sampling)))
+    save_picture(args.run / "dynamics.png", rows,
+                 "three held-out clips, each above the model's version from its first frame and "
+                 "inferred actions; then one frame under every code, held for 8 frames")
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def load_upstream(args, clips, stage):
+    """The frozen model of an earlier stage, from the run folder. It must be of the same data."""
+    name = stage.__name__
+    path = args.run / f"{name}.pt"
+    model, ckpt = load_model(path, stage.build, name, args.device)
+    if ckpt["origin"]["data"] != clips.name:
+        stop(f"{path} was trained on {ckpt['origin']['data']}, but {args.data} is {clips.name}; "
+             "use its --run folder, or train it on this data")
+    # finished later, it would be another model than the one that the dynamics was trained on
+    if ckpt["step"] < ckpt["knobs"]["steps"]:
+        stop(f"{path} is at step {ckpt['step']} of {ckpt['knobs']['steps']}; finish it first: the "
+             f"same {name}.py command with --resume (and --steps {ckpt['step']}, if that is "
+             "enough)")
+    return model
+
+
+def begin_lam(args):
+    """For --cotrain: a LAM and its Run, trained on the clips of the dynamics, for as many steps."""
+    flags = []
+    for name in ("data", "run", "recipe", "size", "seed", "device", "compile", "recompute",
+                 "steps", "batch", "frames"):
+        flags.append(f"--{name}={getattr(args, name)}")
+    if args.resume:
+        flags.append("--resume")
+    lam_parser = parser(lam_stage.__doc__, lam_stage.KNOBS, lam_stage.PAPER)
+    _, lam, run = lam_stage.begin(settle(lam_parser.parse_args(flags), "lam"))
+    return lam, run
+
+
+@torch.no_grad()
+def encode(data, tokenizer, lam, args):
+    """All of the data as tokens (F, N) and latent actions (F,), for frozen models.
+
+    Action f leads from frame f to f+1; -1 at the end of an episode. lam=None: no actions. Both
+    are kept in tokens.pt of the run folder, for --resume and for the next experiment.
+    Doing it once gives nearly what doing it in every step would. (In a clip the first frame has
+    no past, which changes 1 token in 1,000.)
+    """
+    path = args.run / "tokens.pt"
+    kept = read_tokens(path, data.device)
+    about = data.path.stat()
+    made_from = [data.name, about.st_size, about.st_mtime_ns, data.T]
+    tokens_from = [*made_from, fingerprint(tokenizer)]
+    actions_from = [*made_from, fingerprint(lam)] if lam else []
+    new_tokens = kept.get("tokens_of") != tokens_from
+    new_actions = lam is not None and kept.get("actions_of") != actions_from
+    z, a = kept.get("tokens"), kept.get("actions")
+    if new_tokens:
+        z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
+    if new_actions or a is None:
+        a = torch.full(z.shape[:1], -1, dtype=torch.short, device=data.device)
+    if not new_tokens and not new_actions:
+        return z, a
+    # fours, the last clip repeated: one shape, which is compiled once
+    clips = data.cover()[::-1]
+    clips = np.pad(clips, (0, -len(clips) % 4), mode="edge").reshape(-1, 4)
+    bar = tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True)
+    for starts in bar:
+        x = data.at(starts)                                         # (4, T, H, W, C)
+        # one clip after the other, from the end of the data: a frame that two clips share has the
+        # tokens of the clip in which it has more past. In fp32, as in play: an encoder in bf16
+        # gives 5 % other tokens
+        if new_tokens:
+            for start, tokens in zip(starts, tokenizer.encode(x).int()):
+                z[start:start + data.T] = tokens
+        # in bf16 1 action in 300 is another, and play infers none
+        if new_actions:
+            with autocast(args):
+                actions = lam.encode(x).short()
+            for start, codes in zip(starts, actions):
+                a[start:start + data.T - 1] = codes
+    if args.rank == 0:
+        kept = dict(tokens=z, tokens_of=tokens_from, actions=a, actions_of=actions_from)
+        write_atomically(path, lambda f: torch.save(kept, f))
+    return z, a
+
+
+def read_tokens(path, device):
+    """What `encode` kept, or nothing."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(torch.load(path, map_location=device, weights_only=True))
+    # torch.load raises half a dozen types
+    except Exception as e:
+        stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
+
+
+def clips_of(tokens, actions, starts, frames):
+    """The clips that begin at starts (B,): tokens (B, T, N), the actions between (B, T-1)."""
+    index = torch.from_numpy(starts[:, None] + np.arange(frames))
+    index = index.to(tokens.device, non_blocking=True)
+    return tokens[index].long(), actions[index[:, :-1]].long()
+
+
+def new_model(args, tokenizer, lam, model_class=None):
+    """A dynamics model for the tokens of a tokenizer and the codes of a LAM; its configuration."""
+    config = dict(rows=tokenizer.height // tokenizer.patch,
+                  columns=tokenizer.width // tokenizer.patch,
+                  vocabulary=len(tokenizer.vq.codebook), codes=len(lam.vq.codebook),
+                  latent_dim=lam.vq.codebook.size(1), window=args.frames)
+    config |= {name: getattr(args, name) for name in MODEL}
+    if args.recipe == "ours":
+        config |= dict(noise=NOISE[args.size], pixels=3 * tokenizer.patch ** 2)
+    torch.manual_seed(args.seed)
+    model = (model_class or MODELS[args.recipe])(**config).to(args.device)
+    config["recipe"] = model_class.__name__ if model_class else args.recipe
+    model.codebook.copy_(lam.vq.codebook)
+    if model.prior is not None:
+        model.prior.appearance[:-1] = appearance_of(tokenizer)
+    return model, config
+
+
+def main(argv=None, model_class=None, runner=Run):
+    """Train the dynamics. The lab passes a model_class or a runner of its own."""
+    p = parser(__doc__, KNOBS, PAPER)
+    p.add_argument("--cotrain", action="store_true",
+                   help="train a LAM along with it (section 2.1), instead of loading lam.pt")
     args = settle(p.parse_args(argv), "dynamics")
     if args.resume:
-        begun = read_checkpoint(args.run / "dynamics.pt", "dynamics")["origin"].get("cotrain")
-        if args.cotrain and not begun:
-            stop(f"{args.run}/dynamics.pt was begun without --cotrain; leave it out to resume")
-        args.cotrain = begun
-    if args.cotrain and args.bench:
-        stop("--bench times one model: leave out --cotrain (lam.py --bench times the other)")
-    beside = None                                                        # the Run of a LAM that is trained along
+        begun = read_checkpoint(args.run / "dynamics.pt", "dynamics")
+        args.cotrain = bool(begun["origin"].get("cotrain"))
+
+    # the models that come before
+    clips = Clips(args.data, "train", args.frames, args.device)
+    tokenizer = load_upstream(args, clips, tokenizer_stage)
+    lam_run = None
     if args.cotrain:
-        clips, tokenizer = load_upstream(args, [tokenizer_stage])
-        lam, beside = begin_lam(args)
+        lam, lam_run = begin_lam(args)
+        lam_net = parallel(lam, args)
     else:
-        clips, tokenizer, lam = load_upstream(args, [tokenizer_stage, lam_stage])
-    config = dict(rows=tokenizer.height // tokenizer.patch, columns=tokenizer.width // tokenizer.patch,
-                  codes=len(tokenizer.vq.codebook), pixels=3 * tokenizer.patch ** 2, buttons=len(lam.vq.codebook), code_dim=lam.vq.codebook.size(1),
-                  window=args.frames) | {k: getattr(args, k) for k in MODEL}
-    torch.manual_seed(args.seed)
-    model = Dynamics(**config).to(args.device)
-    model.buttons.copy_(lam.vq.codebook)
-    model.prior.looks[:-1] = looks_of(tokenizer)
+        lam = load_upstream(args, clips, lam_stage)
+    prepare(tokenizer, args)
+    if not args.cotrain:
+        prepare(lam, args)
+
+    # the model
+    model, config = new_model(args, tokenizer, lam, model_class)
     optimizer = make_optimizer(model, args.lr)
-    run = Run("dynamics", args, model, optimizer, config, data=clips.name, tokenizer=fingerprint(tokenizer), lam=fingerprint(lam),
-              cotrain=args.cotrain or None)
-    for m in (tokenizer, lam, model):
-        prepare_blocks(m, args)
+
+    # held-out clips
+    valid = Clips(args.data, "valid", args.frames, args.device)
+    x_valid = valid.at(valid.spread(16))                            # (B, T, H, W, C)
+    z_valid = tokenizer_stage.tokens_of(tokenizer, x_valid)         # (B, T, N)
+
+    def held_out_loss():
+        return model(z_valid, lam_stage.actions_of(lam, x_valid))
+
+    run = runner("dynamics", args, model, optimizer, config, held_out_loss, data=clips.name,
+                 tokenizer=fingerprint(tokenizer), lam=fingerprint(lam),
+                 cotrain=args.cotrain or None)
+    run.beside = lam_run
+    prepare(model, args)
+    # logits are by far the largest thing in the model; uncompiled they pass through memory often
     if args.compile == "on":
         model.loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
-    tokens, actions = encode(clips, tokenizer, None if beside else lam, args)
     net = parallel(model, args)
-    if beside:
-        run.beside, lam_net = beside, parallel(lam, args)
+
+    # all frames as tokens and latent actions, once: frozen models need it only once
+    tokens, actions = encode(clips, tokenizer, None if args.cotrain else lam, args)
 
     for step in run.steps():
+        schedule(optimizer, step, args)
+        # a batch of random clips
         starts = clips.draw(args.batch // args.world)
-        z, a = clips_of(tokens, actions, starts, args.frames)
-        if beside:
-            if lam_stage.restart_is_due(step, beside.args):
-                lam_stage.restart(lam, clips, args)
-            a = lam_step(beside, lam_net, clips.at(starts), step, args)
-            model.buttons.copy_(lam.vq.codebook)
+        z, a = clips_of(tokens, actions, starts, args.frames)       # (B, T, N), (B, T-1)
+        # joint training: the LAM learns on the same clips. Its codes are integers, so no gradient
+        # of the dynamics reaches it: that is the stop-gradient of section 2.1
+        if args.cotrain:
+            a = lam_stage.train_step(lam_run, lam_net, clips, clips.at(starts), step)
+            model.codebook.copy_(lam.vq.codebook)
+        # fill in the masked tokens
         with autocast(args):
-            loss = net(z, a, args.noise, args.flaw)
+            loss = net(z, a)
+        # learn from the error
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.log(step, loss)
 
-    if beside:
-        beside.report(lam_stage.evaluate)
+    # a LAM that was trained along is scored like any other, and its codes are those of the data
+    if args.cotrain:
+        lam_run.report(lam_stage.evaluate)
+        lam.eval()
         if args.rank == 0:
             tokens, actions = encode(clips, tokenizer, lam, args)
-    if args.rank == 0:
+    if model.prior is not None and args.rank == 0:
         learn_prior(model, tokens, actions, clips, args)
         run.save(args.steps)
-    run.report(lambda model, args: evaluate(model, args, tokenizer, lam))
+
+    def scores(model, args):
+        return evaluate(model, args, tokenizer, lam)
+
+    run.report(scores)
 
 
 if __name__ == "__main__":

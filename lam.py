@@ -1,44 +1,13 @@
-"""Stage 2: the latent action model (LAM, section 2.1). It discovers buttons that nobody labelled.
+"""Train stage 2, the latent action model (LAM, section 2.1): it discovers what the player did.
 
     python lam.py                            # data/platformer -> runs/platformer/lam.pt
-    python lam.py --oracle                   # the ceiling: the same encoder, told the true buttons
-    python lam.py --run runs/blind --flaw blind --frames 4 --batch 16      # the collapse laboratory: break it, look at lam.png
+    python lam.py --data data/mine           # your own videos -> runs/mine/lam.pt
+    python lam.py --recipe paper --run runs/paper            # the LAM as published
 
-The encoder sees frames x_1..x_t AND x_{t+1} and may say one of 8 words, a_t. The decoder sees x_1..x_t and that word, and
-must draw x_{t+1}. Three bits are too few to describe a frame: they pay off most when they tell what the past could not,
-and in a game that is what the player did. When playing, the player says the word; the encoder and decoder are thrown away.
-
-Where it departs from the paper (most of it measured in the README's lab notes):
-- the encoder reads every pair of frames twice, as (x_t, x_{t+1}) and as (x_{t+1}, x_t), and the code quantises the
-  difference of the two readings. What does not depend on the direction of time (the level, its colours) cancels; motion
-  does not. Without this, codes named the colours of the level, or "something moved" without saying which way;
-- the decoder sees one frame, the last (`--past 1`; the paper: all of them). With the whole past it soon knows "still running
-  right" by itself, and a code comes to mean "as before" or "the other way", never "right". With two (`--past 2`) codes say less
-  of what happened, and the world that is trained on them is a worse one;
-- the encoder looks no further back than the decoder. One that does has nothing of use to say about the past, but the past
-  leaks: where nothing moved, the difference of its readings was not zero but a faint trace of what had moved before; brought to
-  unit length, it was faint no longer, and got the codes of jumps. On the ground three quarters of these meant "nothing"; now that
-  has a code of its own;
-- a clip is two frames, and there are many of them: what a decoder of one frame learns from the transitions of a longer clip is
-  nearly the same thing over and over. It draws the next frame better, in fewer minutes;
-- k-means is tried twice more, from other beginnings, when the encoder has learned what to look at and when it is nearly done
-  (`--restart`, at size laptop): it ends in the local minimum that it began near, and "left and jump" had no code of its own for want of
-  another beginning;
-- the vectors that are quantised are kept from lying on a line or in a plane (`--spread`), where codes are directions around a
-  circle, and each must do for whatever lies between its neighbours;
-- encoder and decoder may agree on other words for every way in which the level, or the hero, lies to the grid of patches, and for
-  dark levels and light: "up" here is "down" there. Neither loses by it; a player does, and two seeds of five were of that kind.
-  Against the first, half of the clips are shown to the encoder shifted, by up to a patch (`--shifted`), and to the decoder as they
-  are. Against the second, the encoder reads squares of linear filters over two frames, as the motion energy model of human vision
-  does (Adelson & Bergen 1985): a filter that moves along with an edge answers alike to a bright one and to a dark one;
-- the decoder sees each patch together with its neighbours (a convolution): what moves, moves over the edges of patches;
-- the decoder's output is ADDED to x_t and starts at zero: training begins at copying the last frame, not far below it;
-- the error is measured in units of the error of copying, so that the commitment loss stays a detail;
-- it begins as the mean square and ends, at sizes laptop and gpu, as the root of that, transition by transition (`--root-from`): a hero who jumps is 1 %
-  of the picture, and beside a view that scrolls his jump is lost in a mean of squares. The root alone is a gamble: while nothing
-  is learned yet it cares most for transitions in which nothing happens, and one seed of four collapsed;
-- it leaves out the patches along the edges of the frame (`--border`): what comes into view there cannot be known from the last
-  frame, so it would pay to spend codes on it, and nobody's button did it.
+Nobody labels the videos. The encoder sees frames x_1..x_t AND the next one, x_{t+1}, and may say
+one of 8 codes, a_t. The decoder sees x_1..x_t and that code, and must draw x_{t+1}. Three bits are
+too few to describe a frame. They help most when they tell what the past could not: in a game, what
+the player did. In play the player says the code, and only the codebook is kept.
 """
 import math
 
@@ -49,281 +18,495 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, true_actions
-from st_block import (Neighbours, Run, STTransformer, VectorQuantizer, autocast, check_patch, check_writable, command, counts, make_optimizer,
-                      parallel, parser, patchify, perplexity, prepare_blocks, pyplot_for_files, save_figure, schedule, settle, stop, unpatchify, write_json)
+from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast,
+                      check_patch, command, counts, make_optimizer, parallel, parser, patchify,
+                      perplexity, prepare, pyplot_for_files, save_figure, schedule, settle, stop,
+                      unpatchify)
 
-FLAWS = ("none",
-         "blind",           # the encoder looks one transition back: a_t is computed without x_{t+1}
-         "leak",            # the decoder's causal mask has one diagonal too many: it sees the frame that it must draw (not the last of a clip)
-         "one-way",         # every pair of frames is read forwards only, and the reading itself is quantised
-         "no-norm",         # vectors are quantised as they come, of any length
-         "no-revival",      # codes begin as random directions, and a dead one stays dead
-         "dead")            # no-norm and no-revival together
-
+# Each knob has a value for every --size. A clip needs but two frames, since the decoder of --recipe
+# ours sees one frame only. Many short clips teach more than few long ones.
 KNOBS = dict(
-    #            test  laptop   gpu  coinrun
-    steps=      (300,   1800,  1200, 200000, "training steps"),
-    batch=      ( 48,     48,    96,     36, "clips in a step"),
-    frames=     (  2,      2,     2,     16, "frames in a clip: --past 1 needs but two, and more clips teach more than longer ones"),
-    patch=      (  8,      8,     8,      8, "pixels along a patch's side (the paper: 16 at full scale, not listed for CoinRun)"),
-    dim=        ( 64,    128,   256,    512, "width D"),
-    layers=     (  1,      2,     4,      8, "ST blocks of the encoder, and of the decoder"),
-    heads=      (  2,      2,     4,      8, "attention heads"),
-    codes=      (  8,      8,     8,      6, "latent actions |A|: buttons on your keyboard"),
-    code_dim=   (  8,     32,    32,     32, "dimensions of a latent action"),
-    beta=       (0.05,  0.05,  0.05,   0.05, "weight of the commitment loss"),
-    border=     (  1,      1,     1,      0, "patches along each edge of the frame that the error leaves out (the paper: none)"),
-    spread=     (0.02,  0.02,  0.02,     0., "weight of the loss that keeps codes from lying on a line or in a plane (the paper: 0)"),
-    past=       (  1,      1,     1,     16, "frames that each layer looks at: the last ones before the one that comes"),
-    shifted=    (0.5,    0.5,   0.5,    0.0, "share of the clips that the encoder sees shifted against the grid of patches (the paper: 0)"),
-    root_from=  (1.0,    0.4,   0.4,    1.0, "share of the steps with the mean square error (the paper: all); then its root, transition by transition"),
-    restart=    (1.0,    0.4,   1.0,    1.0, "share of the steps between tries of k-means from other beginnings (0.4: at 40 and 80 %; 1: never, the paper's)"),
-    flaw=       ("none", "none", "none", "none", "break it, to see what happens (README, the collapse laboratory): " + ", ".join(FLAWS[1:])),
-    lr=         (3e-3,  4e-3,  1e-3,   3e-5, "peak learning rate"),
-    warmup=     ( 10,    100,   100,   5000, "steps of linear warm-up"),
-    scored=     (192,    768,   768,    256, "held-out clips in the scores"),
+    #             test  laptop   gpu  coinrun
+    steps=       (300,   1800,  1200, 200000, "training steps"),
+    batch=       ( 48,     48,    96,    288, "clips in a step"),
+    frames=      (  2,      2,     2,      2, "frames in a clip"),
+    patch=       (  8,      8,     8,      8, "pixels along a patch's side"),
+    dim=         ( 64,    128,   256,    512, "width D"),
+    layers=      (  1,      2,     4,      8, "ST blocks of the encoder, and of the decoder"),
+    heads=       (  2,      2,     4,      8, "attention heads"),
+    codes=       (  8,      8,     8,      6, "latent actions |A|"),
+    latent_dim=  (  8,     32,    32,     32, "dimensions of a code"),
+    lr=          (3e-3,  4e-3,  1e-3,   3e-4, "peak learning rate"),
+    warmup=      ( 10,    100,   100,   5000, "steps of linear warm-up"),
+    scored=      (192,    768,   768,    768, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta", "border", "spread", "past", "flaw")
+# --recipe paper overrides some. Its clips have 16 frames, since its decoder sees the whole past. At
+# coinrun, the paper's case study, all is that of its appendix F, except the patch: the paper gives
+# one for its large model only (16 pixels, of frames of 160x90). We use 8.
+PAPER = dict(
+    batch=       (  4,      8,    16,     36),
+    frames=      ( 16,     16,    16,     16),
+    lr=          (1e-3,  1e-3,  3e-4,   3e-5),
+    scored=      ( 32,     96,    96,     96),
+)
+# the knobs that the model is built from
+MODEL = ("patch", "dim", "layers", "heads", "codes", "latent_dim")
+
+
+# ------------------------------------------------------------------------------- the paper's model
 
 
 class LatentActionModel(nn.Module):
-    """Frames (B, T, H, W, C) -> one latent action per transition, (B, T-1) integers below `codes`."""
+    """Frames (B, T, H, W, C) in [0, 1] -> a latent action for each transition, (B, T-1).
 
-    def __init__(self, height, width, patch, dim, layers, heads, codes, code_dim, beta, border, spread, past, flaw="none"):
+    A latent action is an integer below `codes`. OurLatentActionModel, below, overrides
+    `shown_to_encoder`, `features`, `predict`, `error` and `begin_step`.
+    """
+    quantizer = VectorQuantizer
+    beta = 0.25         # weight of the commitment loss, as in VQ-VAE
+    ffw = 1             # see STBlock
+
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, latent_dim):
         super().__init__()
-        self.height, self.width, self.patch, self.beta, self.spread, self.flaw = height, width, patch, beta, spread, flaw
-        self.inner = slice(border * patch, height - border * patch), slice(border * patch, width - border * patch)
-        tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
-        self.embed = nn.Linear(2 * pixels, dim, bias=False)
-        self.encoder = STTransformer(tokens, dim, layers, heads, past)
-        self.to_code = nn.Linear(dim, code_dim, bias=False)
-        self.vq = VectorQuantizer(codes, code_dim, normalise=flaw not in ("no-norm", "dead"), revive=flaw not in ("no-revival", "dead"))
+        self.height = height
+        self.width = width
+        self.patch = patch
+        tokens = (height // patch) * (width // patch)               # N
+        pixels = 3 * patch * patch
+        self.embed = nn.Linear(pixels, dim)
+        self.encoder = STTransformer(tokens, dim, layers, heads, window, self.ffw)
+        self.to_latent = nn.Linear(dim, latent_dim)
+        self.vq = self.quantizer(codes, latent_dim, self.beta)
         self.embed_past = nn.Linear(pixels, dim)
-        self.around = Neighbours(height // patch, width // patch, dim)
-        self.embed_action = nn.Linear(code_dim, dim)
-        self.decoder = STTransformer(tokens, dim, layers, heads, past + (flaw == "leak"))
+        self.embed_action = nn.Linear(latent_dim, dim)
+        self.decoder = STTransformer(tokens, dim, layers, heads, window, self.ffw)
         self.to_pixels = nn.Linear(dim, pixels)
-        nn.init.zeros_(self.to_pixels.weight)
-        nn.init.zeros_(self.to_pixels.bias)
+
+    def shown_to_encoder(self, x):
+        """What the encoder sees of clips x (B, T, H, W, C): all of it."""
+        return x
 
     def features(self, x):
-        """What happened between each frame and the next: (B, T-1, code_dim). Entry t depends on x_{t+1} and on the `past` frames before it
-        (on more, with --past above 1: each layer looks back as far)."""
-        p = patchify(2 * x - 1, self.patch)                              # (B, T, N, P*P*C)
-        if self.flaw == "blind":
-            p = torch.cat([p[:, :1], p[:, :-1]], 1)
-        forth, back = torch.cat([p[:, :-1], p[:, 1:]], -1), torch.cat([p[:, 1:], p[:, :-1]], -1)
-        read = lambda pairs: self.encoder(self.embed(pairs).square())    # motion energy: x and -x are read alike
-        if self.flaw == "one-way":
-            return self.to_code(read(forth).mean(2))
-        h, r = read(torch.cat([forth, back])).chunk(2)                   # 2 x (B, T-1, N, D)
-        return self.to_code((h - r).mean(2))                             # over the tokens of a frame
+        """What happened in each transition of clips x (B, T, H, W, C): (B, T-1, latent_dim).
+
+        Entry t depends on x_1..x_{t+1} and on no later frame.
+        """
+        # one causal pass over the whole clip
+        h = self.encoder(self.embed(patchify(x, self.patch)))       # (B, T, N, D)
+        # the output at frame t+1 has seen x_1..x_{t+1}: it tells of the transition from t to t+1.
+        # The mean over its N tokens makes it one vector
+        h = h[:, 1:].mean(2)                                        # (B, T-1, D)
+        return self.to_latent(h)
 
     def predict(self, x, e):
-        """The next frames x_2..x_{T+1} from x_1..x_T (B, T, H, W, C) and action vectors e (B, T, code_dim)."""
-        patches = patchify(2 * x - 1, self.patch)                        # (B, T, N, P*P*C)
-        h = self.around(self.embed_past(patches)) + self.embed_action(e).unsqueeze(2)     # additive actions (section 2.1)
-        mask = None
-        if self.flaw == "leak":                                          # its window is one frame longer, ahead instead of back
-            mask = torch.ones(h.size(1), h.size(1), dtype=torch.bool, device=h.device).tril(1).triu(2 - self.decoder.window)
-        change = self.to_pixels(self.decoder(h, mask=mask)).float()
-        return x + unpatchify(change, self.patch, self.height, self.width)
+        """The next frame after each frame of x (B, T, H, W, C), under actions e (B, T, latent_dim).
+
+        Returns (B, T, H, W, C). Entry t predicts x_{t+1}, from x_1..x_t and a_1..a_t.
+        """
+        # the frames so far
+        h = self.embed_past(patchify(x, self.patch))                # (B, T, N, D)
+        # an action is added to every token of the frame that it starts from
+        h = h + self.embed_action(e).unsqueeze(2)
+        patches = self.to_pixels(self.decoder(h)).float()           # (B, T, N, P*P*C)
+        # the sigmoid keeps pixels in [0, 1]
+        return unpatchify(patches, self.patch, self.height, self.width).sigmoid()
+
+    def error(self, y, x):
+        """How far predictions y of x_2..x_T are from clips x (B, T, ...): the mean square."""
+        return F.mse_loss(y, x[:, 1:])
+
+    def begin_step(self, step, args, clips):
+        """What changes on the way, before each training step: nothing."""
 
     def encode(self, x):
         """Frames (B, T, H, W, C) -> latent actions (B, T-1)."""
-        return self.vq.nearest(self.vq.norm(self.features(x).float()))
+        return self.vq.nearest(self.features(x))
 
     def decode(self, x, a):
-        """Next frames for frames x (B, T, H, W, C) under actions a (B, T): (B, T, H, W, C) in [0, 1]."""
-        return self.predict(x, F.embedding(a, self.vq.codebook)).clamp(0, 1)
+        """The frames after x (B, T, H, W, C) under latent actions a (B, T), clamped to [0, 1]."""
+        return self.predict(x, self.vq.lookup(a)).clamp(0, 1)
 
-    def forward(self, x, root=False, shifted=0.0):
-        """Loss of clips x (B, T, H, W, C), their latent actions (B, T-1), and what to watch. root, shifted: see --root-from, --shifted."""
-        watched = x
-        if n := round(shifted * len(x)):
-            by = torch.randint(self.patch, (2,)).tolist()
-            watched = torch.cat([x[:n].roll(by, (2, 3)), x[n:]])
-        z = self.features(watched)                                       # (B, T-1, code_dim)
-        e, a, commitment = self.vq(z)                                    # (B, T-1, code_dim)
-        seen = lambda y: y[:, :, self.inner[0], self.inner[1]]           # without the border
-        mse = lambda y: (seen(y) - seen(x[:, 1:])).square().mean((2, 3, 4))              # (B, T-1)
-        error, copying = mse(self.predict(x[:, :-1], e)), mse(x[:, :-1])
-        if root:                                                         # (at zero a root has no gradient)
-            error, copying = error.clamp(min=1e-8).sqrt(), copying.clamp(min=1e-8).sqrt()
-        error = error.mean() / copying.mean().clamp(min=1e-6)            # 1: no better than copying the last frame
-        narrow = narrowness(self.vq.norm(z.float()))                     # not of e: no gradient leads out of a plane that all codes lie in
-        watch = dict(error=error, commit=commitment, codes=perplexity(a, len(self.vq.codebook)), narrow=narrow)
-        return error + self.beta * commitment + self.spread * narrow, a, watch
+    def forward(self, x):
+        """Clips x (B, T, H, W, C) -> the loss, latent actions (B, T-1), and parts of the loss."""
+        # what happened between each frame and the next, as a vector
+        v = self.features(self.shown_to_encoder(x))                 # (B, T-1, latent_dim)
+        # the nearest of |A| codes e, with index a: all that the decoder is told of the next frame
+        e, a, vq_loss = self.vq(v)                                  # e (B, T-1, latent_dim)
+        # draw x_2..x_T, each from the frames before it
+        y = self.predict(x[:, :-1], e)                              # (B, T-1, H, W, C)
+        error = self.error(y, x)
+        parts = dict(error=error, vq=vq_loss, codes=perplexity(a, len(self.vq.codebook)))
+        return error + vq_loss, a, parts
 
 
-def narrowness(z):
-    """How few directions vectors z (..., D) spread in: 1 if they lie on a line, 1/2 in a plane (if in all directions alike), 1/D at
-    best. tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.float().flatten(0, -2)
-        z = z - z.mean(0)
-        C = z.T @ z                                                      # (D, D); its scale does not matter (torch.cov would synchronise the GPU)
+# ------------------------------------------------------------------------------- what we added
+
+# By size, in shares of the training. ROOT_FROM: from here on the error is its root. RESTART:
+# k-means is tried anew whenever this share has passed. 1: never.
+ROOT_FROM = dict(test=1.0, laptop=0.4, gpu=0.4, coinrun=0.4)
+RESTART = dict(test=1.0, laptop=0.4, gpu=1.0, coinrun=1.0)
+
+
+class SpreadKMeans(OnlineKMeans):
+    """Online k-means with a loss that keeps the vectors from lying on a line or in a plane.
+
+    In a plane all codes lie on one circle, and different actions fall under one code.
+    """
+    spread = 0.02       # weight of the loss
+
+    def forward(self, v):
+        e, a, loss = super().forward(v)
+        # of the vectors, not of their codes: codes that lie in a plane have no gradient out of it
+        return e, a, loss + self.spread * narrowness(self.norm(v))
+
+
+def narrowness(v):
+    """How few directions vectors v (..., dim) spread in: 1 on a line, 1/2 in a plane, else less.
+
+    It is tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio.
+    """
+    with torch.autocast(v.device.type, enabled=False):
+        v = v.float().flatten(0, -2)
+        v = v - v.mean(0)
+        # the covariance, up to its scale, which cancels
+        C = v.T @ v                                                 # (dim, dim)
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 
-build = LatentActionModel       # for load_model
+class OurLatentActionModel(LatentActionModel):
+    """--recipe ours. Each remedy is a named comment below. lab/NOTES.md has what each one buys.
+
+    - two readings (features): the encoder reads each pair of frames as (x_t, x_{t+1}) and as
+      (x_{t+1}, x_t), and the difference is quantized. What does not depend on the direction of
+      time cancels, such as the level and its colours. Otherwise codes name the look of the level.
+    - motion energy (read): the pair is read by squares of linear filters (Adelson & Bergen 1985).
+      A filter answers alike to a bright edge and to a dark one that move alike. Otherwise a code
+      can mean one thing on dark levels and another on light ones.
+    - no past (PAST): the decoder sees x_t only, the encoder only the pair x_t and x_{t+1}. A
+      decoder with a past predicts "still running right" by itself, and then a code means "as
+      before", never "right".
+    - shifted clips (shown_to_encoder): the encoder sees half of the clips shifted against the grid
+      of patches, so that a code means the same wherever things lie to the grid.
+    - neighbours (predict): the decoder sees each patch with the eight around it. What moves, moves
+      over the edges of patches.
+    - drawn on the last frame (predict): the output is added to x_t and starts at zero, so training
+      begins at copying the last frame. A frame painted from nothing starts far worse. So there is
+      no sigmoid, and pixels go in as [-1, 1].
+    - border, unit, root (error): see there.
+    - k-means tried anew (begin_step): two codes may share one thing, and one stand for two.
+    - spread (SpreadKMeans): see there.
+    """
+    quantizer = SpreadKMeans
+    beta = 0.05         # error and commitment loss begin near 1 both; the latter is to be a detail
+    ffw = 4             # see STBlock
+    PAST = 1            # window of encoder (in pairs of frames) and decoder (in frames)
+    SHIFTED = 0.5       # share of the clips that the encoder sees shifted
+    BORDER = 1          # patches along each edge that the error leaves out
+
+    def __init__(self, height, width, window, patch, dim, layers, heads, codes, latent_dim):
+        # no past: the window is PAST, whatever the length of the clips
+        super().__init__(height, width, self.PAST, patch, dim, layers, heads, codes, latent_dim)
+        pixels = 3 * patch * patch
+        # motion energy: filters over a pair of frames, without a bias, so that x and -x look alike
+        self.embed = nn.Linear(2 * pixels, dim, bias=False)
+        # two readings: their difference would cancel a bias
+        self.to_latent = nn.Linear(dim, latent_dim, bias=False)
+        # neighbours
+        self.around = Neighbours(height // patch, width // patch, dim)
+        # drawn on the last frame: at first nothing is added
+        nn.init.zeros_(self.to_pixels.weight)
+        nn.init.zeros_(self.to_pixels.bias)
+        # border
+        edge = self.BORDER * patch
+        self.inner = slice(edge, height - edge), slice(edge, width - edge)
+        self.rooted = False
+
+    def shown_to_encoder(self, x):
+        """Shifted clips: in training, half of them are rolled down and right by one random shift
+        of less than a patch. What leaves the frame comes in on the other side."""
+        if not self.training:
+            return x
+        n = round(self.SHIFTED * len(x))
+        by = torch.randint(self.patch, (2,)).tolist()
+        return torch.cat([x[:n].roll(by, (2, 3)), x[n:]])
+
+    def features(self, x):
+        """What happened in each transition of clips x (B, T, H, W, C): (B, T-1, latent_dim)."""
+        patches = patchify(2 * x - 1, self.patch)                   # (B, T, N, P*P*C)
+        before, after = patches[:, :-1], patches[:, 1:]             # (B, T-1, N, P*P*C)
+        # two readings: every pair of frames forwards and backwards in time
+        forwards = torch.cat([before, after], -1)
+        backwards = torch.cat([after, before], -1)
+        h = self.read(torch.cat([forwards, backwards]))             # (2B, T-1, N, D)
+        h, reverse = h.chunk(2)
+        # what both say cancels; then the mean over the tokens of a frame
+        return self.to_latent((h - reverse).mean(2))
+
+    def read(self, pairs):
+        """Pairs of patches (B, T-1, N, 2*P*P*C) -> (B, T-1, N, D)."""
+        # motion energy: squares of linear filters over two frames
+        return self.encoder(self.embed(pairs).square())
+
+    def predict(self, x, e):
+        """The next frame after each frame of x (B, T, H, W, C), under actions e (B, T, latent_dim).
+
+        Returns (B, T, H, W, C), not clamped. Entry t predicts x_{t+1}.
+        """
+        h = self.embed_past(patchify(2 * x - 1, self.patch))        # (B, T, N, D)
+        # neighbours: each patch with what lies around it
+        h = self.around(h)
+        h = h + self.embed_action(e).unsqueeze(2)
+        change = self.to_pixels(self.decoder(h)).float()            # (B, T, N, P*P*C)
+        # drawn on the last frame
+        return x + unpatchify(change, self.patch, self.height, self.width)
+
+    def error(self, y, x):
+        """How far predictions y of x_2..x_T are from clips x (B, T, H, W, C). 1: as copying.
+
+        - border: nobody can know from the last frame what comes into view at the edges. If the
+          error counted it, codes would be spent on it.
+        - unit: it is divided by the error of copying the last frame, so that the commitment loss
+          stays a detail on every video.
+        - root: late in training it is the root of the mean square, transition by transition. A
+          hero who jumps is 1 % of the picture, and is lost in a mean of squares beside a view that
+          scrolls. Early, while nothing is learned, the root cares most for transitions in which
+          nothing happens, and codes may collapse.
+        """
+        def mean_square(y):
+            difference = self.inside(y) - self.inside(x[:, 1:])
+            return difference.square().mean((2, 3, 4))              # (B, T-1)
+
+        error = mean_square(y)
+        copying = mean_square(x[:, :-1])
+        if self.rooted:
+            # at zero a root has no gradient
+            error = error.clamp(min=1e-8).sqrt()
+            copying = copying.clamp(min=1e-8).sqrt()
+        return error.mean() / copying.mean().clamp(min=1e-6)
+
+    def inside(self, x):
+        """Frames x (B, T, H, W, C) without the border."""
+        return x[:, :, self.inner[0], self.inner[1]]
+
+    def begin_step(self, step, args, clips):
+        """What changes on the way, before each training step."""
+        self.rooted = step >= ROOT_FROM[args.size] * args.steps
+        # k-means tried anew: now that the encoder has learned what to look at
+        every = max(1, int(RESTART[args.size] * args.steps))
+        if step > 0 and step % every == 0:
+            self.restart(clips, args)
+
+    @torch.no_grad()
+    def restart(self, clips, args, batches=100):
+        """Look at the codebook anew on clips spread over the data."""
+        # in batches like those of training: so nothing is compiled anew; of few clips, some twice
+        size = args.batch // args.world
+        parts = np.resize(clips.spread(batches * size), (batches, size))
+        v = []
+        with autocast(args):
+            for part in parts:
+                v.append(self.features(clips.at(part)).flatten(0, 1))
+        mine, best = self.vq.restart(torch.cat(v))                  # of (M, latent_dim)
+        if args.rank == 0:
+            tqdm.write(f"k-means of {len(parts) * size} clips: {mine:.3f} from the codebook as it "
+                       f"is, {best:.3f} from the best of other beginnings")
+
+
+MODELS = dict(paper=LatentActionModel, ours=OurLatentActionModel)
+
+
+def build(recipe, **config):
+    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    return MODELS[recipe](**config)
+
+
+# ------------------------------------------------------------------------------- what it learned
 
 
 @torch.no_grad()
 def actions_of(lam, clips, batch=16):
-    """Latent actions of many clips, a few at a time: (B, T-1)."""
-    return torch.cat([lam.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
-
-
-def labelled(lam, args, T, split, n):
-    """Of n clips of T frames, spread over a split: codes (clips, T-1), true buttons (clips, T-1), and which of the six buttons would have led
-    to the same frame (clips, T-1, 6)."""
-    data = Clips(args.data, split, T, args.device)
-    starts = data.spread(n)
-    parts = np.array_split(starts, math.ceil(len(starts) / 256))         # a few hundred clips in memory at once
-    a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()
-    pressed, same, _ = true_actions(args.data, split)
-    at = starts[:, None] + np.arange(T - 1)
-    return a, pressed[at], same[at]
-
-
-def score_actions(lam, args, T):
-    """Against the true buttons, where somebody knows them (never used in training): action_accuracy, chance, nmi.
-
-    Each code stands for the button that it most often goes with on training levels; on held-out levels it is right when that button
-    would have led the true game to the very same next frame. For playing, `meaning` is the button that would most often have led to
-    what a code was used for, pressed or not; of buttons equal to 1 in 20 (in mid-air, with up and without), the first. `keys` is the
-    way back, from transitions where no other button would have led to the same frame (a jump in the air does not count): for each
-    button the code that goes with it best, by the F-measure with beta = 1/2 (van Rijsbergen 1979: purity counts more).
-    Returns scores, and a table (codes, 6) of how often each code went with each button; ({}, None) where nobody knows the buttons.
-    """
-    if true_actions(args.data, "train") is None:
-        return {}, None
-    K, one_hot = max(len(lam.vq.codebook), len(ACTIONS)), np.eye(len(ACTIONS))           # the oracle always has six
-
-    def by_code(a, rows):
-        """Rows (clips, T-1, 6) added up for each code: (K, 6)."""
-        table = np.zeros((K, len(ACTIONS)))
-        np.add.at(table, a, rows)
-        return table
-
-    a, pressed, same = labelled(lam, args, T, "train", 8 * args.scored)          # a decisive jump is rare: keys need many clips
-    table, leads = by_code(a, one_hot[pressed]), by_code(a, same)
-    decisive = by_code(a, one_hot[pressed] * (same.sum(-1, keepdims=True) == 1))
-    mapping = table.argmax(1)
-    meaning = (leads >= leads.max(1, keepdims=True) - 0.05 * table.sum(1, keepdims=True)).argmax(1)
-    recall = decisive / decisive.sum(0).clip(1)                          # P(code | button)
-    precision = recall / recall.sum(1, keepdims=True).clip(1e-9)         # P(button | code), were all buttons equally common
-    keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
-
-    a, pressed, same = labelled(lam, args, T, "valid", args.scored)
-    table = by_code(a, one_hot[pressed])
-    p = table / table.sum()
-    outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    info = (p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum()
-    entropy = lambda q: -(q[q > 0] * np.log(q[q > 0])).sum()
-    hit = np.take_along_axis(same, mapping[a][..., None], 2)[..., 0]
-    scores = dict(action_accuracy=float(hit.mean()), chance=float(same.mean((0, 1)).max()),
-                  action_accuracy_se=float(hit.mean(1).std() / np.sqrt(len(hit))),
-                  nmi=float(2 * info / (entropy(p.sum(0)) + entropy(p.sum(1)))), mapping=mapping.tolist(),
-                  meaning=meaning.tolist(), keys=keys.tolist())
-    return scores, table
-
-
-class Oracle(LatentActionModel):
-    """The same encoder, told the true buttons: what a LAM may hope for. (It sees no shifted clips, so a LAM may pass it by a little.)"""
-
-    def __init__(self, **config):
-        super().__init__(**config)
-        self.to_button = nn.Linear(config["code_dim"], len(ACTIONS))
-
-    def forward(self, x):
-        return self.to_button(self.vq.norm(self.features(x)))            # (B, T-1, 6)
-
-    def encode(self, x):
-        return self(x).argmax(-1)
-
-
-def score_oracle(args, clips, config):
-    """action_accuracy of a LAM's encoder trained WITH the true buttons, as long and on as many clips: about the ceiling of one trained without."""
-    known = true_actions(args.data, "train")
-    if known is None:
-        stop(f"nobody knows the true actions of {args.data}: there is no ceiling to measure")
-    buttons = torch.from_numpy(known[0]).long().to(args.device)          # (F,)
-    torch.manual_seed(args.seed)
-    model = Oracle(**config).to(args.device)
-    optimizer = make_optimizer(model, args.lr)
-    prepare_blocks(model, args)
-    for step in tqdm(range(args.steps), desc="oracle", dynamic_ncols=True):
-        schedule(optimizer, step, args)
-        starts = clips.draw(args.batch)
-        with autocast(args):
-            logits = model(clips.at(starts))
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), buttons[starts[:, None] + np.arange(args.frames - 1)].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    with torch.compiler.set_stance("force_eager"):
-        return score_actions(model.eval(), args, args.frames)[0]
+    """The latent actions (B, T-1) of many clips (B, T, H, W, C), a few at a time."""
+    return torch.cat([lam.encode(part) for part in clips.split(batch)])
 
 
 @torch.no_grad()
 def evaluate(lam, args):
-    """Held-out levels: psnr of the next frame with inferred codes, shuffled codes, and the last frame copied."""
+    """Held-out levels: psnr of the next frame with inferred codes, shuffled codes, and copying.
+
+    Where the true buttons are known, also how well codes tell them. Writes lam.png.
+    """
     lam.eval()
-    T = args.frames
-    valid = Clips(args.data, "valid", T, args.device)
-    x = valid.at(valid.spread(args.scored))
-    a = actions_of(lam, x)                                               # (clips, T-1)
+    valid = Clips(args.data, "valid", args.frames, args.device)
+    x = valid.at(valid.spread(args.scored))                         # (B, T, H, W, C)
+    a = actions_of(lam, x)                                          # (B, T-1)
     K = len(lam.vq.codebook)
-    shuffled = a.flatten()[torch.randperm(a.numel(), generator=torch.Generator().manual_seed(0)).to(a.device)].view_as(a)
-    score = lambda a: psnr(torch.cat([lam.decode(x[i:i + 16, :-1], a[i:i + 16]) for i in range(0, len(x), 16)]), x[:, 1:])
-    share = counts(a, K) / a.numel()
-    scores = dict(psnr=score(a).mean().item(), psnr_shuffled=score(shuffled).mean().item(),
+    # the same codes, dealt to other transitions
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(a.numel(), generator=generator).to(a.device)
+    shuffled = a.flatten()[order].view_as(a)
+
+    def quality(codes):
+        """psnr of the next frames under these codes."""
+        y = [lam.decode(clips[:, :-1], c) for clips, c in zip(x.split(16), codes.split(16))]
+        return psnr(torch.cat(y), x[:, 1:]).mean().item()
+
+    share = counts(a, K) / a.numel()                                # (K,)
+    scores = dict(psnr=quality(a), psnr_shuffled=quality(shuffled),
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())
-    scores |= dict(lam_gain=scores["psnr"] - scores["psnr_shuffled"], codes_in_use=int((share >= 0.02).sum()), codes=K,
-                   code_perplexity=perplexity(a, K).item(), code_share=[round(s, 3) for s in share.tolist()])
-    change = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))             # (clips, T-1)
-    still = change < min(1e-4, 0.01 * change.mean())                     # a world at rest: its code is for prompts (play.py)
-    scores["still"] = a[still].mode().values.item() if still.float().mean() > 0.01 else None
-    found, table = score_actions(lam, args, T)
+    scores["lam_gain"] = scores["psnr"] - scores["psnr_shuffled"]
+    scores["codes_in_use"] = int((share >= 0.02).sum())
+    scores["codes"] = K
+    scores["code_perplexity"] = perplexity(a, K).item()
+    scores["code_share"] = [round(s, 3) for s in share.tolist()]
+    scores["still"] = code_of_rest(x, a)
+    # against the true buttons, which no training has seen
+    found, table = score_actions(lam, args)
     picture(lam, args.run / "lam.png", x, a, table)
     return scores | found
 
 
+def code_of_rest(x, a):
+    """The code of transitions in which nothing moves, or None where hardly any is so.
+
+    x (B, T, H, W, C), a (B, T-1). play.py shows a prompt as a world at rest.
+    """
+    change = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))        # (B, T-1)
+    still = change < min(1e-4, 0.01 * change.mean())
+    if still.float().mean() <= 0.01:
+        return None
+    return a[still].mode().values.item()
+
+
+def labelled(lam, args, split, n):
+    """n clips of a split as the codes read them, and as they really were.
+
+    Returns codes (n, T-1), the buttons pressed (n, T-1), and which of the six buttons would have
+    led to the same next frame (n, T-1, 6).
+    """
+    data = Clips(args.data, split, args.frames, args.device)
+    starts = data.spread(n)
+    # a few hundred clips in memory at once
+    parts = np.array_split(starts, math.ceil(len(starts) / 256))
+    a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()
+    pressed, same, _ = true_actions(args.data, split)
+    at = starts[:, None] + np.arange(args.frames - 1)
+    return a, pressed[at], same[at]
+
+
+def totals(a, rows, codes):
+    """Rows (n, T-1, 6) added up for each code of a (n, T-1): (codes, 6)."""
+    table = np.zeros((codes, len(ACTIONS)))
+    np.add.at(table, a, rows)
+    return table
+
+
+def name_codes(a, pressed, same, codes):
+    """What stands for what, from training levels. The arguments are those of `labelled`.
+
+    mapping: for each code the button that it most often goes with.
+    meaning: for each code the button that would most often have led to what the code was used for,
+      pressed or not. Buttons that differ in less than 5 % of these uses are a tie, such as jump
+      and none in mid-air, and the first of them wins.
+    keys: for each button the code that goes with it best, by the F-measure with beta = 1/2, in
+      which purity counts more (van Rijsbergen 1979). Only transitions count at which no other
+      button would have led to the same frame.
+    """
+    one_hot = np.eye(len(ACTIONS))
+    table = totals(a, one_hot[pressed], codes)                      # (codes, 6)
+    mapping = table.argmax(1)
+
+    leads = totals(a, same, codes)
+    nearly_best = leads >= leads.max(1, keepdims=True) - 0.05 * table.sum(1, keepdims=True)
+    meaning = nearly_best.argmax(1)
+
+    alone = same.sum(-1, keepdims=True) == 1
+    decisive = totals(a, one_hot[pressed] * alone, codes)
+    # P(code | button), and P(button | code) if all buttons were equally common
+    recall = decisive / decisive.sum(0).clip(1)
+    precision = recall / recall.sum(1, keepdims=True).clip(1e-9)
+    keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
+    return mapping, meaning, keys
+
+
+def score_actions(lam, args):
+    """Against the true buttons, where somebody knows them: action_accuracy, chance, nmi.
+
+    Each code stands for a button (see name_codes). On held-out levels it is right when that button
+    would have led the true game to the very same next frame. Returns the scores, and a table
+    (codes, 6) of how often each code went with each button; ({}, None) where nobody knows.
+    """
+    if true_actions(args.data, "train") is None:
+        return {}, None
+    # (the lab's oracle names the six buttons themselves)
+    codes = max(len(lam.vq.codebook), len(ACTIONS))
+    # a jump that decides is rare: names need many clips
+    mapping, meaning, keys = name_codes(*labelled(lam, args, "train", 8 * args.scored), codes)
+    a, pressed, same = labelled(lam, args, "valid", args.scored)
+    hit = np.take_along_axis(same, mapping[a][..., None], 2)[..., 0]        # (n, T-1)
+    table = totals(a, np.eye(len(ACTIONS))[pressed], codes)         # (codes, 6)
+    # the best constant button
+    chance = same.mean((0, 1)).max()
+    scores = dict(action_accuracy=float(hit.mean()), chance=float(chance),
+                  action_accuracy_se=float(hit.mean(1).std() / np.sqrt(len(hit))),
+                  nmi=mutual_information(table), mapping=mapping.tolist(),
+                  meaning=meaning.tolist(), keys=keys.tolist())
+    return scores, table
+
+
+def mutual_information(table):
+    """Normalized mutual information of the rows and columns of a table of counts: 0 to 1."""
+    p = table / table.sum()
+    rows, columns = p.sum(1), p.sum(0)
+
+    def entropy(q):
+        q = q[q > 0]
+        return -(q * np.log(q)).sum()
+
+    information = entropy(rows) + entropy(columns) - entropy(p)
+    return float(2 * information / (entropy(rows) + entropy(columns)))
+
+
 def picture(lam, path, x, a, table):
-    """What each code does, a row each: how the view moved in frames that carry it (mean and spread), its true buttons (a row of `table`, see
-    score_actions; where nobody knows them: what it draws that the others do not), what the decoder makes of one frame under it, and examples."""
+    """Write lam.png: a row for each code, which shows what it does.
+
+    x (B, T, H, W, C) and their codes a (B, T-1). Columns: how the view moved in frames that carry
+    the code, with the mean; the true buttons behind it (a row of `table`, see score_actions), or
+    where nobody knows them, what the code draws that the others do not; what the decoder makes of
+    one frame under it; and examples.
+    """
     plt = pyplot_for_files()
-    K, shown = len(lam.vq.codebook), 4
-    moved = displacement(x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)).view(*a.shape, 2).float().cpu()
-    figure, axes = plt.subplots(K, 3 + shown, figsize=(2.2 * (3 + shown), 1.3 * K), width_ratios=[1, 1.5, 1] + [2] * shown, squeeze=False)
-    start = x[:1, :3].expand(K, -1, -1, -1, -1)                          # (K, min(T, 3), H, W, C): as in the clip so far, then every code
-    codes = torch.cat([a[:1, :2].expand(K, -1), torch.arange(K, device=a.device)[:, None]], 1)
-    drawn = lam.decode(start, codes)[:, -1]
+    K = len(lam.vq.codebook)
+    examples = 4
+    before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
+    moved = displacement(before, after).view(*a.shape, 2).float().cpu()     # (B, T-1, 2)
+    # a clip of up to three frames: its own codes, then in the last transition every code
+    start = x[:1, :3].expand(K, -1, -1, -1, -1)
+    every = torch.arange(K, device=a.device)[:, None]
+    drawn = lam.decode(start, torch.cat([a[:1, :2].expand(K, -1), every], 1))[:, -1]
+
+    figure, axes = plt.subplots(K, 3 + examples, figsize=(2.2 * (3 + examples), 1.3 * K),
+                                width_ratios=[1, 1.5, 1] + [2] * examples, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
     for k, row in enumerate(axes):
-        for ax in row:
-            ax.set_xticks([]), ax.set_yticks([])
-        mine = moved[a.cpu() == k].numpy()                               # (how often, 2)
-        row[0].set(xlim=(-7, 7), ylim=(7, -7))                           # image coordinates: down is positive
+        mine = moved[a.cpu() == k].numpy()                          # (how often, 2)
         row[0].set_ylabel(f"code {k + 1}\n{len(mine) / a.numel():.0%}", fontsize=9)
-        if len(mine):
-            places, times = np.unique(mine, axis=0, return_counts=True)
-            row[0].scatter(*places.T, s=150 * times / len(mine), color="silver")
-            row[0].annotate("", mine.mean(0), (0, 0), arrowprops=dict(arrowstyle="->", color="crimson", lw=2))
+        draw_moves(row[0], mine)
         if table is not None:
-            share = table[k] / max(1, table[k].sum())
-            row[1].imshow(share[None], vmin=0, vmax=1, cmap="Blues", aspect="auto")
-            for i, s in enumerate(share):
-                row[1].text(i, 0, f"{100 * s:.0f}", ha="center", va="center", fontsize=7, color="white" if s > 0.5 else "black")
-        else:                                                            # gray: as the codes draw it on average
+            draw_shares(row[1], table[k] / max(1, table[k].sum()))
+        else:
+            # grey: as the codes draw it on average
             row[1].imshow((0.5 + drawn[k] - drawn.mean(0)).clamp(0, 1).cpu().numpy())
         row[2].imshow(drawn[k].cpu().numpy())
-        where = (a == k).nonzero()                                       # (how often, 2): clip and frame
-        for ax, (clip, t) in zip(row[3:], where[::max(1, len(where) // shown)].tolist()):
-            ax.imshow(torch.cat([x[clip, t], torch.ones_like(x[0, 0, :, :4]), x[clip, t + 1]], 1).cpu().numpy())
-    titles = ["how the view\nmoves (pixels)", "true buttons, %\n(held-out levels)" if table is not None else "the next column,\nless its mean",
+        where = (a == k).nonzero()                                  # (how often, 2): clip, frame
+        for ax, (clip, t) in zip(row[3:], where[::max(1, len(where) // examples)].tolist()):
+            gap = torch.ones_like(x[0, 0, :, :4])
+            ax.imshow(torch.cat([x[clip, t], gap, x[clip, t + 1]], 1).cpu().numpy())
+
+    known = "true buttons, %\n(held-out levels)"
+    unknown = "the next column,\nless its mean"
+    titles = ["how the view\nmoves (pixels)", unknown if table is None else known,
               "one frame,\nevery code", "examples: frame t and t+1"]
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=8)
@@ -333,72 +516,80 @@ def picture(lam, path, x, a, table):
     plt.close(figure)
 
 
-def begin(args):
-    """What is trained, and on what: the clips, the configuration of the model."""
-    if args.frames < 3 and (args.past > 1 or args.flaw in ("blind", "leak")):
-        what = f"--past {args.past}" if args.past > 1 else f"--flaw {args.flaw}"
-        stop(f"{what} does nothing in clips of two frames, which have but one transition: add --frames 4 and a third of the --batch")
-    # the held-out clips too: that they are too short for --frames should show now, not after training
-    clips, _ = (Clips(args.data, split, args.frames, args.device) for split in ("train", "valid"))
+def draw_moves(ax, moves):
+    """Moves of the view (n, 2) in pixels as dots, the commoner the larger, and their mean."""
+    # in image coordinates down is positive
+    ax.set(xlim=(-7, 7), ylim=(7, -7))
+    if len(moves):
+        places, times = np.unique(moves, axis=0, return_counts=True)
+        ax.scatter(*places.T, s=150 * times / len(moves), color="silver")
+        arrow = dict(arrowstyle="->", color="crimson", lw=2)
+        ax.annotate("", moves.mean(0), (0, 0), arrowprops=arrow)
+
+
+def draw_shares(ax, share):
+    """The shares (6,) of the true buttons as shaded numbers, in percent."""
+    ax.imshow(share[None], vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i, s in enumerate(share):
+        ax.text(i, 0, f"{100 * s:.0f}", ha="center", va="center", fontsize=7,
+                color="white" if s > 0.5 else "black")
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def begin(args, model_class=None, runner=Run):
+    """The clips, the model, and the Run that trains it."""
+    clips = Clips(args.data, "train", args.frames, args.device)
+    valid = Clips(args.data, "valid", args.frames, args.device)
+    held_out = valid.at(valid.spread(64))                           # (B, T, H, W, C)
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
     if args.codes < 2:
-        stop(f"--codes {args.codes}: a single word can tell nothing; it must be at least 2")
-    if args.restart <= 0:
-        stop(f"--restart {args.restart:g} would try k-means anew before every step; 0.4: at 40 and 80 % of them, 1: never")
-    if min(height, width) <= 2 * args.border * args.patch:
-        stop(f"--border {args.border}: nothing would be left of frames of {width}x{height} pixels in patches of {args.patch}")
-    return clips, dict(height=height, width=width) | {k: getattr(args, k) for k in MODEL}
-
-
-def restart_is_due(step, args):
-    """Before this step? After every share --restart of the steps: 0.4 is at 40 and at 80 %, 1 is never."""
-    return step > 0 and step % max(1, int(args.restart * args.steps)) == 0
-
-
-def restart(lam, clips, args, batches=100):
-    """Look at the codebook with what has been learned so far (VectorQuantizer.restart), on clips spread over the data. In batches like
-    those of training, gradient or not: so nothing is compiled anew."""
-    size = args.batch // args.world
-    parts = np.resize(clips.spread(batches * size), (batches, size))     # of few clips, some twice
-    with autocast(args):
-        z = torch.cat([lam.features(clips.at(part)).detach().flatten(0, 1) for part in parts])         # (M, code_dim)
-    mine, best = lam.vq.restart(z)
-    if args.rank == 0:
-        tqdm.write(f"k-means of {len(z)} transitions: {mine:.3f} from the codebook as it is, {best:.3f} from the best of other beginnings")
-
-
-def main(argv=None):
-    p = parser(__doc__, KNOBS, flaw=FLAWS)
-    p.add_argument("--oracle", action="store_true", help="score only: the same encoder trained with the true buttons, the ceiling of action_accuracy")
-    args = settle(p.parse_args(argv), "lam")
-    clips, config = begin(args)
-    if args.oracle:
-        if args.world > 1 or args.bench or args.resume:
-            stop("--oracle is a score: it has no --bench, no --resume and one process")
-        check_writable(args.run)
-        scores = score_oracle(args, clips, config)
-        write_json(args.run / "oracle.json", scores | dict(seed=args.seed, steps=args.steps))
-        print(f"action_accuracy with true labels: {scores['action_accuracy']:.3f} +- {scores['action_accuracy_se']:.3f} "
-              f"(chance {scores['chance']:.3f}), nmi {scores['nmi']:.3f}; all of it in {args.run}/oracle.json")
-        return
+        stop(f"--codes {args.codes}: a single code can tell nothing; it must be at least 2")
+    if args.recipe == "ours" and min(height, width) < 3 * args.patch:
+        stop(f"--patch {args.patch}: the error leaves out a border of one patch, and nothing "
+             f"would be left of frames of {width}x{height} pixels; choose a smaller one")
+    config = dict(height=height, width=width, window=args.frames)
+    config |= {name: getattr(args, name) for name in MODEL}
     torch.manual_seed(args.seed)
-    model = LatentActionModel(**config).to(args.device)
-    run = Run("lam", args, model, make_optimizer(model, args.lr), config, data=clips.name)
-    prepare_blocks(model, args)
+    model = (model_class or MODELS[args.recipe])(**config).to(args.device)
+    config["recipe"] = model_class.__name__ if model_class else args.recipe
+
+    def held_out_loss():
+        return model(held_out)[0]
+
+    run = runner("lam", args, model, make_optimizer(model, args.lr), config, held_out_loss,
+                 data=clips.name)
+    prepare(model, args)
+    return clips, model, run
+
+
+def train_step(run, net, clips, x, step):
+    """One step on clips x (B, T, H, W, C). Returns their latent actions (B, T-1)."""
+    schedule(run.optimizer, step, run.args)
+    run.model.begin_step(step, run.args, clips)
+    # read the actions, draw the next frames from them
+    with autocast(run.args):
+        loss, a, parts = net(x)
+    # learn from the error
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    run.log(step, loss, **parts)
+    return a
+
+
+def main(argv=None, model_class=None, runner=Run):
+    """Train the LAM. The lab passes a model_class or a runner of its own."""
+    args = settle(parser(__doc__, KNOBS, PAPER).parse_args(argv), "lam")
+    clips, model, run = begin(args, model_class, runner)
     net = parallel(model, args)
 
     for step in run.steps():
-        if restart_is_due(step, args):
-            restart(model, clips, args)
-        x = clips.sample(args.batch // args.world)                       # (B, T, H, W, C)
-        with autocast(args):
-            loss, _, watch = net(x, step >= args.root_from * args.steps, args.shifted)
-        run.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        run.optimizer.step()
-        run.log(step, loss, **watch)
+        x = clips.sample(args.batch // args.world)                  # (B, T, H, W, C)
+        train_step(run, net, clips, x, step)
 
     run.report(evaluate)
 

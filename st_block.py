@@ -1,19 +1,19 @@
-"""What every stage shares: the ST-transformer, the vector quantizer, and the plumbing around a training loop.
-
-Genie (Bruce et al. 2024, arXiv 2402.15391) is three models made of one block. The ST block (section 2, figure 4) never
-lets a token look at every other token of the video. It looks at its own frame (spatial attention), then at its own place
-in earlier frames (temporal attention, causal), then passes one feed-forward layer. T N^2 + N T^2 pairs, not (T N)^2.
+"""What every stage shares: the ST-transformer and the vector quantizer (part 1), and the plumbing
+of a training script (part 2).
 
 The legend of shapes, for the whole project:
-    B clips   T frames   N tokens of a frame   D width   K codes   H W C pixels   h heads   P pixels along a patch's side
+    B clips   T frames   N tokens of a frame   D width   K codes   V tokens of the vocabulary
+    H W C pixels   P pixels along a patch's side   h heads   dh width of a head   S a sequence
+    M vectors, of however many clips   F frames of a whole data set
 
-Where the paper is silent, this is what we chose: pre-norm LayerNorm without bias (RMSNorm learns as well, but where torch has no
-kernel for it, on a CPU, it is eight operations in place of one, and in play that is felt), a feed-forward of 4 D with squared
-ReLU (So et al. 2021; it learns faster here than GELU, and costs a CPU less), a learned embedding for the place in the frame,
-rotary embedding for time (so that a cached past stays valid when the window slides on).
+Genie (Bruce et al. 2024, arXiv 2402.15391) is three models made of one block, the ST block of
+section 2 of the paper. A token never looks at every other token of the video. It looks at its own
+frame (spatial attention), then at its own place in earlier frames (temporal attention, causal),
+then it passes one feed-forward layer. So T N^2 + N T^2 pairs are compared instead of (T N)^2.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -30,77 +30,77 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-SIZES = ("test", "laptop", "gpu", "coinrun")
+# ------------------------------------------------------------------------------- patches
 
-
-# ------------------------------------------------------------------------------------------------ patches
 
 def patchify(x, P):
-    """Cut frames (B, T, H, W, C) into squares of P pixels: (B, T, N, P*P*C), N = (H/P) (W/P), row by row."""
+    """Cut frames (B, T, H, W, C) into squares of P x P pixels, row by row: (B, T, N, P*P*C)."""
     B, T, H, W, C = x.shape
-    x = x.view(B, T, H // P, P, W // P, P, C).permute(0, 1, 2, 4, 3, 5, 6)      # (B, T, H/P, W/P, P, P, C)
+    x = x.view(B, T, H // P, P, W // P, P, C)
+    x = x.permute(0, 1, 2, 4, 3, 5, 6)                              # (B, T, H/P, W/P, P, P, C)
     return x.reshape(B, T, (H // P) * (W // P), P * P * C)
 
 
 def unpatchify(x, P, H, W):
-    """The inverse of patchify: (B, T, N, P*P*C) -> (B, T, H, W, C)."""
+    """The inverse of patchify: (B, T, N, P*P*C) -> frames (B, T, H, W, C)."""
     B, T, N, _ = x.shape
-    x = x.view(B, T, H // P, W // P, P, P, -1).permute(0, 1, 2, 4, 3, 5, 6)     # (B, T, H/P, P, W/P, P, C)
+    x = x.view(B, T, H // P, W // P, P, P, -1)
+    x = x.permute(0, 1, 2, 4, 3, 5, 6)                              # (B, T, H/P, P, W/P, P, C)
     return x.reshape(B, T, H, W, -1)
 
 
-class Neighbours(nn.Module):
-    """What lies around each token of a frame: x plus a 3x3 convolution of x over the grid of patches, (B, T, N, D) -> the same.
+# ------------------------------------------------------------------------------- attention
 
-    From frame to frame most things move by a few pixels, to where a neighbour was. Attention can learn to fetch it from
-    there, place by place, from position embeddings; here that is given, as it is to a convolutional network.
-    """
-
-    def __init__(self, rows, columns, dim):
-        super().__init__()
-        self.rows, self.columns = rows, columns
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x):
-        grid = x.reshape(-1, self.rows, self.columns, x.size(-1)).permute(0, 3, 1, 2)    # (B*T, D, rows, columns)
-        return x + self.conv(grid).permute(0, 2, 3, 1).reshape(x.shape)
-
-
-# ------------------------------------------------------------------------------------------------ attention
 
 def rotary(time, dim):
-    """Cosines and sines (T, dim/2) that turn pair i of a query or key by an angle time * theta_i (Su et al. 2021).
+    """The cosines and sines, (T, dim/2) each, of rotary position embedding (Su et al. 2021).
 
-    After the turn, q . k depends on the difference of the two times alone. theta spans periods from 6 frames to some
-    500: the windows here are 16 frames, so the usual base of 10000 would leave most pairs nearly unturned.
+    time (T,) is the number of each frame. The pair of entries i and i + dim/2 of a query or a key
+    is turned by the angle time * theta_i. Then q . k depends on the difference of the two times
+    alone. The usual base of 10000 is made for thousands of positions. The windows here are 16
+    frames at most, so the base is 100, and the periods run from 6 to about 500 frames.
     """
     theta = 100.0 ** (-torch.arange(0, dim, 2, device=time.device).float() / dim)
-    angle = time.float()[:, None] * theta                                        # (T, dim/2)
+    angle = time.float()[:, None] * theta                           # (T, dim/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Apply `rotary` to x (..., T, dh)."""
+    """Turn the pairs of x (..., T, dh) by the angles of `rotary`."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 def attention_by_hand(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(dh)) v, as it is written in every paper. mask (Tq, Tk): True where q may look at k.
-
-    torch's scaled_dot_product_attention is the same mathematics without ever storing the weights: right for a GPU, and for long
-    sequences. Ours are many and short: on a CPU, and for time on a GPU, this one is faster once torch.compile has fused it. A test
-    holds the two together.
-    """
-    weight = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))                     # (..., Tq, Tk)
+    """softmax(q k^T / sqrt(dh)) v for q, k, v (..., S, dh). mask: True where q may look at k."""
+    # how well does each query match each key?
+    weight = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))        # (..., Sq, Sk)
+    # what a query may not see gets a weight of zero
     if mask is not None:
         weight = weight.masked_fill(~mask, float("-inf"))
-    return weight.softmax(-1) @ v
+    return weight.softmax(-1) @ v                                   # (..., Sq, dh)
+
+
+def attention(q, k, v, mask=None):
+    """The same as attention_by_hand, by whichever of the two is faster. A test says they agree.
+
+    The kernel of torch never stores the weights, which pays for long sequences. On a GPU it works
+    in tiles of 64 positions, which a window of 16 frames leaves mostly empty: hence the 64 below.
+    On a CPU, and for short sequences, torch.compile makes the version by hand the faster one.
+    """
+    # the norm of queries and keys leaves them in fp32 under autocast
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if torch.compiler.is_compiling() and (q.device.type == "cpu" or q.size(-2) < 64):
+        return attention_by_hand(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with QK-norm (section 2.1 uses it for the dynamics; it hurts nowhere, so: everywhere).
-    Queries and keys share one norm, so that one operation does for both."""
+    """Multi-head self-attention over one axis, with QK-norm.
+
+    The paper uses QK-norm in the dynamics model (section 2.1). We use it in all three models.
+    Queries and keys share one norm.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -110,267 +110,417 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim // heads, eps=1e-6, bias=False)
 
     def forward(self, x, turn=None, mask=None, past=None):
-        """x (B, S, D) attends along S. turn: (cos, sin) of `rotary`. past: a cache's (k, v, slot), see Cache."""
+        """x (B, S, D) attends along S. Returns (B, S, D).
+
+        Here B counts sequences: the frames of all clips, or all places of all clips. turn: the
+        cosines and sines of `rotary`, for attention through time. mask (S, S): True where a query
+        (row) may look at a key (column). past: (keys, values, slot) of one layer of a Cache.
+        """
         B, S, D = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # (3, B, h, S, dh)
+        # queries, keys and values of every head
+        qkv = self.qkv(x).view(B, S, 3, self.heads, D // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3, B, h, S, dh)
+        # QK-norm bounds how sharply a query can choose
         qk, v = self.norm(qkv[:2]), qkv[2]
-        q, k = qk if turn is None else rotate(qk, *turn)
-        if past is not None:                        # a new frame: its keys and values join those of the frames before
-            past_k, past_v, slot = past
-            k = past_k.index_copy_(2, slot, k.to(past_k.dtype))                  # (B, h, window, dh)
-            v = past_v.index_copy_(2, slot, v.to(past_v.dtype))
-        # torch's kernels for a GPU compute tiles of 64 places or more: of 16 frames they would waste three quarters
-        by_hand = torch.compiler.is_compiling() and (q.device.type == "cpu" or turn is not None)
-        attend = attention_by_hand if by_hand else F.scaled_dot_product_attention
-        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)                        # the norm left q and k in fp32 under autocast
+        # through time, both are turned by the time of their frame
+        if turn is not None:
+            qk = rotate(qk, *turn)
+        q, k = qk                                                   # (B, h, S, dh) each
+        # in play, the keys and values of the new frame join those of the frames before it
+        if past is not None:
+            keys, values, slot = past
+            k = keys.index_copy_(2, slot, k.to(keys.dtype))         # (B, h, window, dh)
+            v = values.index_copy_(2, slot, v.to(values.dtype))
+        # every query collects the values of the keys that match it
+        x = attention(q, k, v, mask)                                # (B, h, S, dh)
+        # the heads side by side again
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
 
-# ------------------------------------------------------------------------------------------------ the ST block
+# ------------------------------------------------------------------------------- the ST block
+
 
 class STBlock(nn.Module):
-    """Spatial attention, causal temporal attention, ONE feed-forward after both (section 2, figure 4). With a window of one frame
-    there is no past to look at: attention to oneself alone is a matrix product, and it is left out."""
+    """Spatial attention, causal temporal attention, ONE feed-forward layer after both (section 2).
 
-    def __init__(self, dim, heads, window):
+    The paper leaves some things open. We use a layer norm before each part, and squared ReLU (So
+    et al. 2021). The feed-forward layer is `ffw` times D wide. The published numbers of parameters,
+    divided by layers and D^2, give 7 to 10 a block. Attention through space and through time takes
+    8 of these, and the feed-forward layer 2 * ffw. So --recipe paper uses ffw = 1, which makes
+    10. The usual ffw = 4 makes 16. --recipe ours uses it: at the small sizes there are only one
+    or two blocks, and most of what they can learn is in that layer.
+    """
+
+    def __init__(self, dim, heads, window, ffw):
         super().__init__()
-        self.norm_space, self.space = nn.LayerNorm(dim, eps=1e-6, bias=False), Attention(dim, heads)
+        self.norm_space = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.space = Attention(dim, heads)
+        # in a window of one frame there is nothing to attend to through time
         self.time = None
         if window > 1:
-            self.norm_time, self.time = nn.LayerNorm(dim, eps=1e-6, bias=False), Attention(dim, heads)
+            self.norm_time = nn.LayerNorm(dim, eps=1e-6, bias=False)
+            self.time = Attention(dim, heads)
         self.norm_ffw = nn.LayerNorm(dim, eps=1e-6, bias=False)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up = nn.Linear(dim, ffw * dim)
+        self.down = nn.Linear(ffw * dim, dim)
 
     def forward(self, x, turn, mask, past=None):
-        """x (B, T, N, D) -> the same. turn, mask, past: of time, see Attention."""
+        """x (B, T, N, D) -> the same. turn, mask, past: through time, see Attention."""
         B, T, N, D = x.shape
-        s = self.norm_space(x).view(B * T, N, D)                                 # every frame by itself
+        # space: every frame by itself
+        s = self.norm_space(x).view(B * T, N, D)
         x = x + self.space(s).view(B, T, N, D)
+        # time: every place by itself
         if self.time is not None:
-            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)         # every place by itself, contiguous: qkv is faster
+            t = self.norm_time(x).transpose(1, 2).contiguous().view(B * N, T, D)
             x = x + self.time(t, turn, mask, past).view(B, N, T, D).transpose(1, 2)
-        return x + self.down(F.relu(self.up(self.norm_ffw(x))).square())         # (B, T, N, D)
+        # one feed-forward layer after both
+        f = self.up(self.norm_ffw(x))
+        f = F.relu(f).square()
+        return x + self.down(f)                                     # (B, T, N, D)
 
 
 class STTransformer(nn.Module):
-    """A stack of ST blocks over (B, T, N, D). Token (t, n) of the output depends on frames 1..t of the input only.
+    """A stack of ST blocks over (B, T, N, D).
 
-    In each layer a frame looks at itself and the window - 1 frames before it, however long the clip.
+    Token (t, n) of the output depends on frames 1..t of the input only. In each layer a frame
+    looks at itself and at the `window` - 1 frames before it, however long the clip is.
     """
-    recompute = False           # activation checkpointing: of each block keep its input alone, and compute the rest again for the gradient
 
-    def __init__(self, tokens, dim, layers, heads, window):
+    def __init__(self, tokens, dim, layers, heads, window, ffw):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads = heads
+        self.window = window
+        # a learned embedding of the place in the frame; rotary embedding tells the time
         self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
-        self.blocks = nn.ModuleList(STBlock(dim, heads, window) for _ in range(layers))
+        self.blocks = nn.ModuleList(STBlock(dim, heads, window, ffw) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
-        for name, p in self.named_parameters():     # GPT-2's start: residual branches begin small, by the depth
+        # torch's defaults, but what is added to the residual stream begins small, as in GPT-2:
+        # a block adds three times
+        for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))
 
-    def forward(self, x, time=None, mask=None, cache=None):
-        """x (B, T, N, D) -> the same. time (T,) and mask (T, T) default to 0..T-1 and causal within the window.
+    def visible(self, T, device):
+        """Which frames (columns) may each of T frames (rows) look at? True there, (T, T)."""
+        # not at later ones, and not further back than the window
+        return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - self.window)
 
-        With a cache, x (B, 1, N, D) is the frame after those that it has advanced past.
-        """
-        T = x.size(1)
+    def forward(self, x, cache=None):
+        """x (B, T, N, D) -> the same. With a cache, x (B, 1, N, D) is the one frame that is new."""
         if cache is not None:
-            turn, mask = cache.turn, cache.mask
-        else:
-            turn = rotary(torch.arange(T, device=x.device) if time is None else time, x.size(-1) // self.heads)
-        if mask is None:
-            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
+            return self.run_blocks(x, cache.turn, cache.mask, cache)
+        # when is each frame, and which part of the past may it see?
+        T = x.size(1)
+        turn = rotary(torch.arange(T, device=x.device), x.size(-1) // self.heads)
+        return self.run_blocks(x, turn, self.visible(T, x.device))
+
+    def run_blocks(self, x, turn, mask, cache=None):
+        """x (B, T, N, D) -> the same, with the turn and the mask that are given: see Attention."""
+        # every token knows its place in the frame
         x = x + self.place
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            x = x.bfloat16()                # the residual stream as well: at these widths memory traffic is the limit, and bf16 halves it
-        for i, block in enumerate(self.blocks):
-            if self.recompute and self.training and cache is None:
-                x = checkpoint(block, x, turn, mask, use_reentrant=False, preserve_rng_state=False)      # nothing in it is random
-            else:
-                x = block(x, turn, mask, cache and (cache.k[i], cache.v[i], cache.slot))
+        for layer, block in enumerate(self.blocks):
+            past = None
+            if cache is not None:
+                past = cache.keys[layer], cache.values[layer], cache.slot
+            x = block(x, turn, mask, past)
         return self.norm(x)
 
     def new_cache(self, B):
         """An empty Cache for B worlds played side by side."""
-        p = self.place
-        return Cache(len(self.blocks), B * len(p), self.heads, self.window, p.size(1) // self.heads, p.device)
+        tokens, dim = self.place.shape
+        shape = (B * tokens, self.heads, self.window, dim // self.heads)
+        return Cache(len(self.blocks), shape, self.place.device)
 
 
 class Cache:
-    """The temporal keys and values of the last `window` frames, layer by layer: what makes playing cheap.
+    """The temporal keys and values of the last `window` frames, layer by layer.
 
-    Spatial attention never leaves a frame and temporal attention never looks ahead, so a new frame changes nothing about
-    the frames before it: their keys and values can be kept. A ring of fixed size: frame t lies in slot t mod window, the
-    oldest is overwritten, nothing grows. A forward pass writes the slot of its frame, again at every MaskGIT step;
-    `advance` moves on to the next. Rotary time is relative, so nothing kept has to be turned again. The result is
-    that of the whole past under the windowed mask of STTransformer, up to rounding, at any length (a test).
+    Spatial attention never leaves a frame and temporal attention never looks ahead. So a new frame
+    changes nothing about the frames before it, and their keys and values can be kept. They lie in
+    a ring: frame t, counted from 0, is in slot t mod window, and the oldest frame is overwritten.
+    A forward pass writes the slot of its frame. Several passes of one frame, as sampling needs
+    them, write the same slot again, until `advance` goes on to the next frame.
+    Rotary time is relative, so nothing that is kept has to be turned again. The result equals that
+    of the whole past under the mask of STTransformer, at any length (a test).
     """
 
-    def __init__(self, layers, rows, heads, window, dh, device):
-        self.k = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(rows, heads, window, dh, device=device) for _ in range(layers)]
+    def __init__(self, layers, shape, device):
+        """shape: (B*N, h, window, dh) of the keys of one layer."""
+        self.keys = [torch.zeros(shape, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device) for _ in range(layers)]
         self.clear()
 
     def move_to(self, now):
-        """The next frame is frame `now`. What its passes need, once for all MaskGIT steps: its slot (1,), how far it is turned,
-        and which slots it may look at (1, window)."""
-        window, device = self.k[0].size(2), self.k[0].device
+        """Make frame number `now` the next one. Its passes need a slot, a turn and a mask."""
+        _, _, window, dh = self.keys[0].shape
+        device = self.keys[0].device
         time = torch.tensor([now], device=device)
-        self.now, self.slot, self.turn = now, time % window, rotary(time, self.k[0].size(-1))
-        self.mask = (torch.arange(window, device=device) <= now)[None]           # the ring holds just the window; at first, less
+        self.now = now
+        self.slot = time % window                                   # (1,)
+        self.turn = rotary(time, dh)
+        # the ring holds just the window, and at first less than that
+        self.mask = (torch.arange(window, device=device) <= now)[None]      # (1, window)
 
     def advance(self):
-        """The frame that came in last stays as it is: the next forward pass is of the one after it."""
+        """Keep the frame that came in last. The next forward pass is of the frame after it."""
         self.move_to(self.now + 1)
 
     def clear(self):
-        """Forget everything: the next frame is the first."""
+        """Forget everything. The next frame is the first. (The mask hides what is in the slots.)"""
         self.move_to(0)
 
     def snapshot(self):
-        """What drawing the next frame will overwrite."""
-        return self.now, [t.index_select(2, self.slot) for t in self.k + self.v]
+        """What the next frame will overwrite, for `restore`."""
+        return self.now, [t.index_select(2, self.slot) for t in self.keys + self.values]
 
     def restore(self, snapshot):
-        """Take back the frame drawn since `snapshot`; of several frames, the newest first."""
+        """Take back the frame since `snapshot`. Of several frames, take the newest back first."""
         now, kept = snapshot
         self.move_to(now)
-        for mine, t in zip(self.k + self.v, kept):
+        for mine, t in zip(self.keys + self.values, kept):
             mine.index_copy_(2, self.slot, t)
 
 
-# ------------------------------------------------------------------------------------------------ vector quantizer
+# ------------------------------------------------------------------------------- vector quantizer
+
 
 class VectorQuantizer(nn.Module):
-    """Nearest neighbour in a codebook of K vectors (van den Oord et al. 2017, VQ-VAE).
+    """The quantizer of VQ-VAE as printed (van den Oord et al. 2017, equation 3).
 
-    - Vectors are first brought to unit root-mean-square, each by itself. Any norm that uses statistics of the batch drifts
-      while the encoder moves, and then the same clip gets other codes in evaluation than it had in training.
-    - Forward: z -> e_k, k = argmin |z - e_k|^2. Backward: the gradient at e_k is handed to z as it is (straight-through).
-    - Commitment loss |z - sg(e_k)|^2 keeps the encoder near its codes.
-    - The codebook itself learns as a running mean of the vectors that chose each code (VQ-VAE appendix A.1): k-means
-      online, in place of the codebook loss |sg(z) - e_k|^2, whose gradient is too slow for a run of minutes.
-    - A dead code (hardly chosen of late) is moved onto a random vector of the batch, plus noise. Copying a *live code*
-      would do nothing: the two would tie for ever.
-    normalise, revive: False leaves out the first or the last of these, to see what they are for.
+    Each vector v becomes e, the nearest of K codes. Three things make that learn, where sg stops
+    the gradient and | |^2 is a mean over entries:
+    - straight-through: the gradient at the code e is handed to the vector v as it is;
+    - codebook loss |sg(v) - e|^2: a code moves to the vectors that chose it;
+    - commitment loss beta |v - sg(e)|^2: a vector stays near the code that it chose.
     """
 
-    def __init__(self, codes, dim, decay=0.98, dead=0.03, noise=0.05, normalise=True, revive=True):
+    def __init__(self, codes, dim, beta):
         super().__init__()
-        self.decay, self.dead, self.noise, self.normalise = decay, dead if revive else 0.0, noise, normalise
-        start = F.rms_norm(torch.randn(codes, dim), (dim,))
-        self.register_buffer("codebook", start.clone())                          # (K, dim)
-        held = torch.full((codes,), 0.0 if revive else 1.0)                      # revival begins on the data; else each start counts as one
-        self.register_buffer("mean_sum", held[:, None] * start)                  # running sum of the vectors of a code
-        self.register_buffer("mean_count", held)                                 # running count of them, per batch
+        self.beta = beta
+        start = torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes)
+        self.codebook = nn.Parameter(start)                         # (K, dim)
 
-    def norm(self, z):
-        """z (..., dim) brought to unit root-mean-square, if `normalise`."""
-        return F.rms_norm(z, (z.size(-1),)) if self.normalise else z
-
-    def nearest(self, z):
-        """Indices (...) of the codes nearest to the normalised z (..., dim)."""
+    @torch.no_grad()
+    def nearest(self, v):
+        """The index (...) of the code nearest to each vector of v (..., dim)."""
         e = self.codebook
-        with torch.autocast(z.device.type, enabled=False):                       # in bf16 half of the tokens come out wrong
-            distance = torch.addmm((e * e).sum(-1), z.float().flatten(0, -2), e.T, alpha=-2)     # but for |z|^2, alike for all codes
-            return distance.argmin(-1).view(z.shape[:-1])
+        # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is alike for all codes.
+        # In fp32: of a thousand codes, bf16 would often take the wrong one
+        with torch.autocast(v.device.type, enabled=False):
+            length = (e * e).sum(-1)                                # (K,)
+            distance = torch.addmm(length, v.float().flatten(0, -2), e.T, alpha=-2)
+        return distance.argmin(-1).view(v.shape[:-1])
 
-    def forward(self, z):
-        """z (..., dim) -> quantised (..., dim) with straight-through gradient, indices (...), commitment loss."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = self.norm(z.float())
-            index = self.nearest(z.detach())
-            if self.training:
-                self.learn(z.detach().reshape(-1, z.size(-1)), index.reshape(-1))
-            e = F.embedding(index, self.codebook)
-            loss = F.mse_loss(z, e.detach())
-            return z + (e - z).detach(), index, loss
+    def lookup(self, index):
+        """The code vectors (..., dim) of indices (...)."""
+        return F.embedding(index, self.codebook)
 
-    @torch.no_grad()
-    def learn(self, z, index):
-        """One step of online k-means on z (M, dim), then the revival of dead codes."""
-        K, M = len(self.codebook), len(z)
-        count = counts(index, K)
-        total = torch.zeros_like(self.mean_sum).index_add_(0, index, z)
-        self.mean_count.lerp_(count, 1 - self.decay)
-        self.mean_sum.lerp_(total, 1 - self.decay)
-        dead = self.mean_count < self.dead * M / K                               # (K,): far under its fair share
-        fresh = z[torch.randint(M, (K,), device=z.device)]
-        fresh = fresh + self.noise * torch.randn_like(fresh)
-        start = M / K * 0.2                                                      # a fifth of that share: time enough to prove itself
-        self.mean_sum.copy_(torch.where(dead[:, None], fresh * start, self.mean_sum))
-        self.mean_count.masked_fill_(dead, start)
-        used = self.mean_count[:, None] > 1e-6                                   # without revival, some are not
-        self.codebook.copy_(torch.where(used, self.mean_sum / self.mean_count[:, None].clamp(min=1e-9), self.codebook))
-
-    @torch.no_grad()
-    def restart(self, z, tries=16, rounds=30, better=0.97):
-        """Online k-means ends in the local minimum that it began near: two codes may share one thing, and one stand for two. So k-means on
-        vectors z (M, dim) from `tries` new beginnings. The codebook moves to where the best of them ends, if the mean squared distance of
-        z to it is clearly lower there than where it would end itself. Returns both distances. Draws no number from torch's generator:
-        where nothing moves, training goes on as without."""
-        z, K = self.norm(z.float()), len(self.codebook)
-        generator = torch.Generator(z.device).manual_seed(0)
-        mine, *_ = kmeans(z, self.codebook, rounds)
-        ends = [kmeans(z, kmeans_plus_plus(z, K, generator), rounds) for _ in range(tries)]
-        best, e, n = min(ends, key=lambda end: end[0])
-        if best < better * mine:
-            self.mean_count.copy_(n / len(z) * self.mean_count.sum())
-            self.mean_sum.copy_(e * self.mean_count[:, None])
-            self.codebook.copy_(e)
-        return mine, best
-
-
-def kmeans_plus_plus(z, K, generator):
-    """K of the vectors z (M, dim) to begin k-means with, each likely to be far from those before it (Arthur & Vassilvitskii 2007)."""
-    e = z[torch.randint(len(z), (1,), generator=generator, device=z.device)]
-    while len(e) < K:
-        far = torch.cdist(z, e).amin(1).square()                                 # (M,)
-        far = far if far.sum() > 0 else torch.ones_like(far)                     # fewer than K different vectors: any
-        e = torch.cat([e, z[torch.multinomial(far, 1, generator=generator)]])
-    return e
-
-
-def kmeans(z, e, rounds):
-    """Lloyd's algorithm on z (M, dim) from codes e (K, dim). Returns the mean squared distance to the nearest code, the codes, and how
-    many vectors each of them had (K,)."""
-    for _ in range(rounds):
-        index = torch.cdist(z, e).argmin(1)
-        n = counts(index, len(e))                                                # (K,)
-        mean = torch.zeros_like(e).index_add_(0, index, z) / n[:, None].clamp(min=1)
-        e = torch.where(n[:, None] > 0, mean, e)
-    return torch.cdist(z, e).amin(1).square().mean().item(), e, n
+    def forward(self, v):
+        """Vectors v (..., dim) -> their codes e (..., dim), the indices (...), and the loss."""
+        v = v.float()
+        # the nearest code of each vector
+        index = self.nearest(v)
+        e = self.lookup(index)                                      # (..., dim)
+        # codes move to vectors, and vectors stay near codes
+        codebook_loss = F.mse_loss(e, v.detach())
+        commitment_loss = F.mse_loss(v, e.detach())
+        # straight-through: forward e, backward as if it were v
+        e = v + (e - v).detach()
+        return e, index, codebook_loss + self.beta * commitment_loss
 
 
 def counts(index, K):
-    """How often each of K codes occurs in index (...): (K,) floats. (torch.bincount would synchronise the GPU.)"""
-    return torch.zeros(K, device=index.device).index_add_(0, index.flatten(), torch.ones(index.numel(), device=index.device))
+    """How often each of K codes occurs in index (...): (K,) floats."""
+    # torch.bincount would make a GPU wait
+    ones = torch.ones(index.numel(), device=index.device)
+    return torch.zeros(K, device=index.device).index_add_(0, index.flatten(), ones)
 
 
 def perplexity(index, K):
-    """exp(entropy) of code usage: K if all codes are equally common, 1 if only one is ever used."""
+    """exp(entropy) of the use of codes: K if all are equally common, 1 if one alone is used."""
     p = counts(index, K) / index.numel()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
-# ------------------------------------------------------------------------------------------------ plumbing: command line
+# What follows in part 1 is ours. The paper's models do not use it.
+
+
+class OnlineKMeans(VectorQuantizer):
+    """The quantizer that --recipe ours trains with. It differs from VQ-VAE's in three ways.
+
+    - Vectors are brought to unit root-mean-square first, each by itself. Without any norm, codes
+      collapse to few. A norm by statistics of the batch drifts while the encoder learns, and then
+      the same clip gets other codes in evaluation than in training.
+    - A code is the running mean of the vectors that chose it (VQ-VAE, appendix A.1). That is
+      k-means online. The gradient of the codebook loss is too slow for a training of minutes.
+    - A dead code, one that is hardly chosen of late, moves onto a random vector of the batch, plus
+      noise. Noise matters: an exact copy of a live code would tie with it for ever.
+    """
+    decay = 0.98        # of the running means: they forget half in 34 steps
+    dead_below = 0.03   # a code is dead that has less than this part of its fair share of vectors
+    reborn = 0.2        # the part that a revived code begins with: time enough to prove itself
+    noise = 0.05        # added to the vector that a dead code moves onto
+
+    def __init__(self, codes, dim, beta):
+        super().__init__(codes, dim, beta)
+        # the codebook learns by counting, not by gradient: it is a buffer
+        del self.codebook
+        start = F.rms_norm(torch.randn(codes, dim), (dim,))
+        self.register_buffer("codebook", start)                     # (K, dim)
+        # running means over the batches: the sum of the vectors that chose each code, and their
+        # number. They begin at 0, so the first batch revives nearly all codes
+        self.register_buffer("mean_sum", torch.zeros(codes, dim))
+        self.register_buffer("mean_count", torch.zeros(codes))
+
+    def norm(self, v):
+        """v (..., dim) in fp32, brought to unit root-mean-square."""
+        with torch.autocast(v.device.type, enabled=False):
+            return F.rms_norm(v.float(), (v.size(-1),))
+
+    def nearest(self, v):
+        """The index (...) of the code nearest to each vector of v (..., dim), of any length."""
+        return super().nearest(self.norm(v))
+
+    def forward(self, v):
+        """Vectors v (..., dim) -> their codes e (..., dim), the indices (...), and the loss."""
+        v = self.norm(v)
+        index = super().nearest(v)
+        # the codes move first, so that e is where a code is now
+        if self.training:
+            self.learn(v.detach().flatten(0, -2), index.flatten())
+        e = self.lookup(index)                                      # (..., dim)
+        commitment_loss = F.mse_loss(v, e.detach())
+        # straight-through, as above
+        return v + (e - v).detach(), index, self.beta * commitment_loss
+
+    @torch.no_grad()
+    def learn(self, v, index):
+        """One step of online k-means on v (M, dim), which chose index (M,). Then the revival."""
+        K = len(self.codebook)
+        M = len(v)
+        # running means of how many vectors chose each code, and of their sum
+        total = torch.zeros_like(self.mean_sum).index_add_(0, index, v)
+        self.mean_count.lerp_(counts(index, K), 1 - self.decay)
+        self.mean_sum.lerp_(total, 1 - self.decay)
+        # dead codes move onto vectors of the batch
+        dead = self.mean_count < self.dead_below * M / K            # (K,)
+        fresh = v[torch.randint(M, (K,), device=v.device)]
+        fresh = fresh + self.noise * torch.randn_like(fresh)
+        share = M / K * self.reborn
+        self.mean_sum.copy_(torch.where(dead[:, None], fresh * share, self.mean_sum))
+        self.mean_count.masked_fill_(dead, share)
+        # a code is the mean of its vectors (one that was never counted stays where it is)
+        used = self.mean_count[:, None] > 1e-6
+        mean = self.mean_sum / self.mean_count[:, None].clamp(min=1e-9)
+        self.codebook.copy_(torch.where(used, mean, self.codebook))
+
+    @torch.no_grad()
+    def restart(self, v, tries=16, rounds=30, better=0.97):
+        """Try k-means on vectors v (M, dim) from other beginnings; keep the best if it is better.
+
+        Online k-means ends in the local minimum that it began near: two codes may share one thing
+        while one code stands for two. The codebook moves only if the mean squared distance falls
+        by 3 % or more. Returns the distance that k-means reaches from the present codebook, and
+        the best that it reaches from other beginnings. It draws nothing from torch's global
+        generator.
+        """
+        v = self.norm(v)
+        K = len(self.codebook)
+        generator = torch.Generator(v.device).manual_seed(0)
+        # where would the present codebook end, and where do other beginnings end?
+        mine, _, _ = kmeans(v, self.codebook, rounds)
+        best = math.inf
+        for _ in range(tries):
+            distance, codes, chosen = kmeans(v, kmeans_plus_plus(v, K, generator), rounds)
+            if distance < best:
+                best, best_codes, best_chosen = distance, codes, chosen
+        # move, and count as if these had been the codes for a while
+        if best < better * mine:
+            self.mean_count.copy_(best_chosen / len(v) * self.mean_count.sum())
+            self.mean_sum.copy_(best_codes * self.mean_count[:, None])
+            self.codebook.copy_(best_codes)
+        return mine, best
+
+
+def kmeans_plus_plus(v, K, generator):
+    """K of the vectors v (M, dim) to begin k-means with (Arthur & Vassilvitskii 2007): (K, dim)."""
+    e = v[torch.randint(len(v), (1,), generator=generator, device=v.device)]
+    while len(e) < K:
+        # a vector is drawn with a chance that grows with its distance from those drawn before
+        far = torch.cdist(v, e).amin(1).square()                    # (M,)
+        # of fewer than K different vectors, any will do
+        if far.sum() == 0:
+            far = torch.ones_like(far)
+        e = torch.cat([e, v[torch.multinomial(far, 1, generator=generator)]])
+    return e
+
+
+def kmeans(v, e, rounds):
+    """Lloyd's algorithm on vectors v (M, dim) from codes e (K, dim).
+
+    Returns the mean squared distance to the nearest code, the codes (K, dim), and how many vectors
+    each code had in the last round (K,).
+    """
+    for _ in range(rounds):
+        # each vector chooses its nearest code, then each code becomes the mean of its vectors
+        index = torch.cdist(v, e).argmin(1)                         # (M,)
+        n = counts(index, len(e))                                   # (K,)
+        mean = torch.zeros_like(e).index_add_(0, index, v) / n[:, None].clamp(min=1)
+        e = torch.where(n[:, None] > 0, mean, e)
+    return torch.cdist(v, e).amin(1).square().mean().item(), e, n
+
+
+class Neighbours(nn.Module):
+    """x plus a 3x3 convolution of x over the grid of patches: (B, T, N, D) -> the same.
+
+    From frame to frame most things move by a few pixels, to where a neighbour was. Attention can
+    learn to fetch them from there, place by place. This gives it to the model from the start.
+    """
+
+    def __init__(self, rows, columns, dim):
+        super().__init__()
+        self.rows = rows
+        self.columns = columns
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        grid = x.reshape(-1, self.rows, self.columns, x.size(-1))
+        around = self.conv(grid.permute(0, 3, 1, 2))                # (B*T, D, rows, columns)
+        return x + around.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+# #########################################################################################
+#
+#   PART 2: the plumbing of a training script. Skip this on a first reading.
+#
+#   Flags and sizes, optimizer and learning rate, device and precision, checkpoints, resume,
+#   pictures. (Optimizer and learning rate are those of appendix C.)
+#
+# #########################################################################################
+
+SIZES = ("test", "laptop", "gpu", "coinrun")        # how large, and how long
+RECIPES = ("paper", "ours")                         # how: as published, or with what we added
+
+
+# ------------------------------------------------------------------------------- command line
+
 
 def stop(message):
-    """A user's mistake, or the world's: one sentence on stderr and exit code 1. Never a traceback."""
+    """End the program because of a user's mistake: one sentence on stderr, exit code 1."""
     raise SystemExit(f"error: {message}")
 
 
 def command(main):
-    """Run a script's main. Ctrl-C where nothing better is done about it (see Run.steps): one sentence, and exit code 130. A GPU that is too
-    small: one sentence."""
+    """Run the main function of a script. What a user can run into ends in one sentence."""
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted; what was saved before is untouched", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError:
-        stop("the memory of the GPU is full; in training try a smaller --batch, --recompute on or --size laptop, in play --device cpu")
+        stop("the memory of the GPU is full; in training try a smaller --batch, --recompute on "
+             "or --size laptop, in play --device cpu")
 
 
 def flag(knob):
@@ -378,98 +528,156 @@ def flag(knob):
     return "--" + knob.replace("_", "-")
 
 
-def parser(doc, knobs, **choices):
-    """The flags that every stage has, and one flag for each knob.
+def new_parser(doc):
+    """A command line without flags. Its --help opens with the docstring of the script."""
+    return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    knobs: {name: (value at size test, laptop, gpu, coinrun, help text)}. `--size` picks a column, a flag overrides.
-    choices: for a knob that is a word, the words it may be.
+
+def parser(doc, knobs, paper):
+    """The command line of a stage: the flags that all stages have, and one for each knob.
+
+    knobs: {name: (value at size test, laptop, gpu, coinrun, help text)}.
+    paper: {name: (four values)} for the knobs that --recipe paper sets otherwise.
     """
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", default="data/platformer", help="folder that data.py wrote (default: %(default)s)")
-    p.add_argument("--run", help="folder for checkpoints, scores and pictures (default: runs/NAME OF THE DATA)")
-    p.add_argument("--size", choices=SIZES, help="the one dial: sets every knob below (default: gpu with CUDA, else laptop)")
+    p = new_parser(doc)
+    p.add_argument("--data", type=Path, default=Path("data/platformer"),
+                   help="folder that data.py wrote (default: %(default)s)")
+    p.add_argument("--run", type=Path,
+                   help="folder for checkpoints, scores, pictures (default: runs/NAME OF THE DATA)")
+    p.add_argument("--recipe", choices=RECIPES,
+                   help="paper: Genie as published; ours: with what we added (default: ours)")
+    p.add_argument("--size", choices=SIZES,
+                   help="sets every knob below (default: gpu with CUDA, else laptop)")
     p.add_argument("--seed", type=int, help="same seed, same machine: the same run (default: 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    p.add_argument("--resume", action="store_true", help="go on where an interrupted run was saved")
-    p.add_argument("--bench", action="store_true", help="train nothing: time a few steps and print one line of JSON")
+    p.add_argument("--resume", action="store_true", help="go on where a run was interrupted")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                    help="torch.compile (auto: on where it works, but not at size test)")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
-                   help="save memory, not time: of each block keep the input only, compute it again in the backward pass "
-                        "(auto: on at size coinrun alone)")
-    group = p.add_argument_group("knobs", "values for --size " + " / ".join(SIZES))
+                   help="save memory, not time: keep only the input of each block, and compute "
+                        "the rest again for the gradient (auto: on at size coinrun)")
+    group = p.add_argument_group("knobs", "with their values at --size " + " / ".join(SIZES))
     for name, (*values, text) in knobs.items():
+        text += f" ({' / '.join(map(str, values))}"
+        if name in paper:
+            text += f"; recipe paper: {' / '.join(map(str, paper[name]))}"
         kind = type(values[1])
-        group.add_argument(flag(name), type=kind, choices=choices.get(name), metavar=kind.__name__.upper(),
-                           help=f"{text} ({' / '.join(map(str, values))})".replace("%", "%%"))
-    p.set_defaults(knobs=knobs)
+        group.add_argument(flag(name), type=kind, metavar=kind.__name__.upper(), help=text + ")")
+    p.set_defaults(knobs=knobs, paper=paper)
     return p
 
 
 def find_device(name):
-    """The torch.device of --device; without one, the GPU if there is one. On a GPU, products of fp32 matrices are done in TF32 from
-    here on: 3 decimal digits instead of 7."""
-    device = name
+    """The torch.device of --device. Without a name it is the GPU, if there is one.
+
+    On a GPU, products of fp32 matrices are computed in TF32 from here on.
+    """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:         # torchrun: a GPU for each process
+        device = torch.device(device)
+        # torchrun gives each process a GPU
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        return device
     except (RuntimeError, AssertionError) as e:
-        stop(f"--device {device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+        reason = str(e).splitlines()[0]
+        stop(f"--device {device} cannot be used here ({reason}); try --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 def settle(args, stage):
-    """Fill what the user left open: device, run folder, size, every knob of that size; when resuming, from the checkpoint.
-    Starts torchrun's process group."""
+    """Fill in what the user left open: device, folder, recipe, size, and every knob of these.
+
+    With --resume they come from the checkpoint. Under torchrun it joins the processes.
+    """
     args.device = find_device(args.device)
-    args.data = Path(args.data)
-    args.run = Path(args.run or Path("runs") / args.data.name)
-    asked = {k: getattr(args, k) for k in [*args.knobs, "size", "seed"] if getattr(args, k) is not None}
-    if args.resume:                                  # a checkpoint carries its configuration: no flag need be repeated
-        path = args.run / f"{stage}.pt"
-        begun = read_checkpoint(path, stage)["knobs"]
-        for k in args.knobs:
-            if k not in begun:
-                stop(f"{path} was begun by another version, which knew no {flag(k)}; train afresh without --resume")
-        for k, v in asked.items():
-            if k != "steps" and begun[k] != v:
-                stop(f"{flag(k)} {v} was asked for, but {path} was begun with {begun[k]}; leave it out to resume")
-        asked = begun | asked
+    args.run = args.run or Path("runs") / args.data.name
+    asked = {}
+    for name in (*args.knobs, "recipe", "size", "seed"):
+        if getattr(args, name) is not None:
+            asked[name] = getattr(args, name)
+    if args.resume:
+        asked = settle_resumed(args, asked, stage)
+    args.recipe = asked.get("recipe", "ours")
     args.size = asked.get("size") or ("gpu" if args.device.type == "cuda" else "laptop")
     args.seed = asked.get("seed", 0)
-    for k, values in args.knobs.items():
-        v = asked.get(k, values[SIZES.index(args.size)])
-        least = 0 if isinstance(v, float) or 0 in values else 1          # a count may be 0 only where it is so at some size
-        if not isinstance(v, str) and not least <= v < math.inf:         # (nan is neither)
-            stop(f"{flag(k)} {v} makes no sense; it must be at least {least}" + ", and finite" * (v == math.inf))
-        setattr(args, k, v)
-    if abs(args.seed) > 10 ** 9:                     # each step has a seed of its own, of 64 bits: see Run
+    for name, values in args.knobs.items():
+        # the recipe may set a knob otherwise than the size
+        if args.recipe == "paper" and name in args.paper:
+            values = args.paper[name]
+        value = asked.get(name, values[SIZES.index(args.size)])
+        check_knob(name, value)
+        setattr(args, name, value)
+    # every step has a seed of its own, of 64 bits: see Run
+    if abs(args.seed) > 10 ** 9:
         stop(f"--seed {args.seed} is too large; at most a billion")
-    if args.recompute == "auto":
-        args.recompute = "on" if args.size == "coinrun" else "off"
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
         stop("--frames 1 holds no transition; it must be at least 2")
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % args.world:
-        stop(f"--batch {args.batch} cannot be shared by {args.world} processes; make it a multiple")
-    if args.world > 1 and not torch.distributed.is_initialized():
-        if args.device.type == "cuda":
-            torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.recompute == "auto":
+        args.recompute = "on" if args.size == "coinrun" else "off"
+    join_processes(args)
     return args
 
 
-# ------------------------------------------------------------------------------------------------ plumbing: checkpoints
+def settle_resumed(args, asked, stage):
+    """The knobs of the run that is resumed. What is asked for must not contradict them."""
+    path = args.run / f"{stage}.pt"
+    begun = read_checkpoint(path, stage)["knobs"]
+    for name in args.knobs:
+        if name not in begun:
+            stop(f"{path} was begun by another version, which knew no {flag(name)}; "
+                 "train afresh without --resume")
+    for name, value in asked.items():
+        if name != "steps" and begun[name] != value:
+            stop(f"{flag(name)} {value} was asked for, but {path} was begun with {begun[name]}; "
+                 "leave it out to resume")
+    return begun | asked
+
+
+def check_knob(name, value):
+    """Numbers must be finite. Whole numbers count something, so they are at least 1."""
+    least = 0 if isinstance(value, float) else 1
+    if not math.isfinite(value) or value < least:
+        stop(f"{flag(name)} {value} makes no sense; it must be at least {least}, and finite")
+
+
+# ------------------------------------------------------------------------------- optimizer
+
+
+def schedule(optimizer, step, args):
+    """Set the learning rate of a step: linear warm-up, then a cosine down to a tenth of --lr.
+
+    Appendix C says so of the LAM and the dynamics. We do the same for the tokenizer.
+    """
+    if step < args.warmup:
+        share = (step + 1) / args.warmup
+    else:
+        done = (step - args.warmup) / max(1, args.steps - args.warmup)
+        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * share
+
+
+def make_optimizer(model, lr):
+    """AdamW with the betas and the weight decay of appendix C."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-4,
+                             fused=True)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
 
 def write_atomically(path, write, *more):
-    """Write beside `path` and rename: whoever opens `path` finds the old file or the new one, never half of one. more: pairs (path, write)
-    of files that belong to it: all are written before the first is replaced."""
+    """Write beside `path` and rename: who opens it finds the old file or the new, never half.
+
+    write(f) writes to the open file f. more: pairs (path, write) of files that belong to it. All
+    of them are written before the first one is replaced.
+    """
     files = [(Path(p), Path(f"{p}.part"), w) for p, w in ((path, write), *more)]
     try:
         for path, part, write in files:
@@ -478,7 +686,8 @@ def write_atomically(path, write, *more):
                 write(f)
         for path, part, _ in files:
             os.replace(part, path)
-    except (OSError, RuntimeError) as e:            # torch.save wraps a full disk in a RuntimeError
+    # torch.save wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as e:
         for _, part, _ in files:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -486,17 +695,20 @@ def write_atomically(path, write, *more):
 
 
 def check_writable(folder):
-    """Can files be written to it? To be asked now, not after an hour."""
-    write_atomically(folder / "writable", lambda f: None)
+    """Can files be written into it? Better asked before an hour of training than after it."""
+    def nothing(f):
+        pass
+    write_atomically(folder / "writable", nothing)
     (folder / "writable").unlink()
 
 
 def write_json(path, value):
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
 def fingerprint(model):
-    """Short hash of a model's weights: a checkpoint names the one that it was built on by it."""
+    """A short hash of the weights. A checkpoint names the models that it was built on by it."""
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         h.update(name.encode() + t.detach().float().cpu().numpy().tobytes())
@@ -506,70 +718,63 @@ def fingerprint(model):
 def read_checkpoint(path, stage):
     """The checkpoint at `path` as a dictionary, or one sentence that says why not."""
     path = Path(path)
+    again = f"python {stage}.py (and the same --data and --run)"
     if not path.exists():
-        stop(f"{path} does not exist; make it first with: python {stage}.py (and the same --data and --run)")
+        stop(f"{path} does not exist; make it first with: {again}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         found = ckpt["stage"]
-    except Exception as e:                          # torch.load raises half a dozen types on a damaged file
-        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); train again with: python {stage}.py (and the same --data and --run)")
+    # torch.load raises half a dozen types on a damaged file
+    except Exception as e:
+        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); "
+             f"train again with: {again}")
     if found != stage:
         stop(f"{path} is a checkpoint of {found}.py, but one of {stage}.py is needed here")
     return ckpt
 
 
 def load_model(path, build, stage, device="cpu"):
-    """A trained model, frozen, and its checkpoint. `build` makes the model from the checkpoint's configuration."""
+    """A trained model, frozen, and its checkpoint. build(**config) makes the model."""
     ckpt = read_checkpoint(path, stage)
     try:
         model = build(**ckpt["config"])
         model.load_state_dict(ckpt["model"])
     except (TypeError, RuntimeError, KeyError) as e:
-        stop(f"{path} does not fit this version of {stage}.py ({str(e).splitlines()[0]}); train again")
+        stop(f"{path} does not fit this version of {stage}.py ({str(e).splitlines()[0]}); "
+             "train again")
     return model.to(device).float().eval().requires_grad_(False), ckpt
 
 
-# ------------------------------------------------------------------------------------------------ plumbing: training
-
-def schedule(optimizer, step, args):
-    """Set the learning rate of `step`: linear warm-up to args.lr, then half a cosine down to a tenth of it (appendix C)."""
-    if step < args.warmup:
-        share = (step + 1) / args.warmup
-    else:
-        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * share
-
-
-def make_optimizer(model, lr):
-    """AdamW with the paper's betas and weight decay (appendix C); one fused kernel for the whole step."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.9), weight_decay=1e-4, fused=True)
+# ------------------------------------------------------------------------------- training
 
 
 def autocast(args):
-    """bf16 for the matrix products: on CUDA, and in compiled blocks on a CPU that multiplies in bf16 (AMX tiles, AVX-512 BF16):
-    1.7 to 2.5 times as fast as fp32 there, and half as fast anywhere else, GPUs older than 2020 included. Weights, norms, losses and the
-    quantizer stay in fp32 (on a GPU its distances are products in TF32: see find_device)."""
+    """bf16 for matrix products where the device has a unit for them; else it costs time.
+
+    On a CPU that is so in compiled blocks only. Weights, norms, losses and the quantizer stay in
+    fp32.
+    """
     if args.device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        units = ("amx_tile", "avx512_bf16")
-        able = args.compile == "on" and any(getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in units)
+        units = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
+        able = args.compile == "on" and any(unit() for unit in units)
     return torch.autocast(args.device.type, torch.bfloat16, enabled=able)
 
 
 def check_compiler(args):
-    """Does torch.compile work here? It needs a C++ compiler and Python's headers, and on a GPU Triton; whether they do is seen by trying.
-    Settles --compile auto: on where it works and pays (at size test it does not)."""
+    """Settle --compile auto by trying: torch.compile needs a C++ compiler, on a GPU Triton."""
     if args.compile == "auto" and args.size == "test":
         args.compile = "off"
     if args.compile == "off":
         return
     try:
-        torch.compile(lambda x: x.cos() + 1, fullgraph=True)(torch.zeros(8, device=args.device))
-    except Exception as e:                          # of many types
+        torch.compile(torch.cos, fullgraph=True)(torch.zeros(8, device=args.device))
+    # it raises many types
+    except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        why = f"torch.compile does not work here ({reason}; on Linux it needs the packages g++ and python3-dev)"
+        why = (f"torch.compile does not work here ({reason}; on Linux it needs the packages g++ "
+               "and python3-dev)")
         if args.compile == "on":
             stop(f"{why}; leave out --compile on")
         print(f"{why}: training without it, more slowly", file=sys.stderr)
@@ -578,137 +783,166 @@ def check_compiler(args):
         args.compile = "on"
 
 
-def prepare_blocks(model, args):
-    """torch.compile every ST block: they share one compiled graph, so this takes a third of the time that the whole model
-    takes, for nearly all of the gain. And --recompute (activation checkpointing, Chen et al. 2016): a third more arithmetic for a
-    quarter of the memory. Settles --compile auto, for `autocast`."""
+def prepare(model, args):
+    """Make the ST blocks of a model fast: compiled, in bf16 on a GPU, or saving memory.
+
+    Blocks are compiled one by one. They share one graph, so this takes a third of the time that
+    the whole model takes, and brings nearly as much.
+    """
     check_compiler(args)
     for module in model.modules():
         if isinstance(module, STBlock) and args.compile == "on":
-            module.compile(fullgraph=True, dynamic=False)
-        elif isinstance(module, STTransformer):
-            module.recompute = args.recompute == "on"
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+        # activation checkpointing (Chen et al. 2016); nothing in a block is random
+        if isinstance(module, STBlock) and args.recompute == "on":
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
+                                               preserve_rng_state=False)
+        # the residual stream in bf16, too: at these widths a GPU waits for its memory
+        if isinstance(module, STTransformer) and args.device.type == "cuda":
+            module.blocks[0].register_forward_pre_hook(to_bf16)
 
 
-def parallel(model, args):
-    """Under torchrun, average the gradients over the processes (DistributedDataParallel). The codebook is no parameter but a
-    buffer: before each step, all processes take over the one that the first has learned from its share of the batch."""
-    if args.world == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[args.device.index] if args.device.type == "cuda" else None)
+def to_bf16(block, inputs):
+    """Under autocast, what goes into the first block is bf16, and so is what comes after it."""
+    x, *rest = inputs
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.bfloat16()
+    return x, *rest
 
 
 def memory(device):
-    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU. None where nobody tells (Windows)."""
+    """Peak memory of this process in GB, of the GPU or resident. None where nobody tells."""
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    # Windows has no such module
     with contextlib.suppress(ImportError):
         import resource
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e9, 3)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
-def seconds(call, n):
-    """The median time that a call takes, of n, after one to warm up."""
-    took = []
-    for _ in range(n + 1):
-        began = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - began)
-    return sorted(took[1:])[n // 2]
+# ............................................................ several GPUs, under torchrun
 
 
-def matmul_rate(device, dtype):
-    """Floating-point operations per second of a large square matrix product: the most that this device gives in practice."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / seconds(lambda: (a @ a)[0, 0].item(), 9)
+def join_processes(args):
+    """Each process of torchrun trains on its share of the batch. Without torchrun there is one."""
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % args.world:
+        stop(f"--batch {args.batch} cannot be shared by {args.world} processes; "
+             "make it a multiple")
+    if args.world > 1 and not torch.distributed.is_initialized():
+        if args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+
+
+def parallel(model, args):
+    """Average the gradients over the processes. Buffers, as a codebook, are those of the first."""
+    if args.world == 1:
+        return model
+    devices = [args.device.index] if args.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+# ............................................................ the run
 
 
 class Run:
-    """What a training loop needs besides its mathematics: steps with a progress bar, Ctrl-C, saving, resuming.
+    """What a training loop needs besides its mathematics: steps, saving, resuming, the report.
 
-    Every step seeds torch with (seed, step, rank), so a resumed run draws the very numbers it would have drawn, and ends
-    bit-identical to one never interrupted (same machine, same seed). `beside`: the Run of a model trained in the same loop.
+    Every step seeds torch with (seed, step, rank). So a resumed run draws the very numbers that it
+    would have drawn, and ends bit-identical to one that was never interrupted (CPU, same machine).
     """
+    save_every = 500        # steps
 
-    def __init__(self, stage, args, model, optimizer, config, **origin):
-        self.stage, self.args, self.model, self.optimizer = stage, args, model, optimizer
-        self.config, self.origin, self.beside = config, origin, None
+    def __init__(self, stage, args, model, optimizer, config, held_out, **origin):
+        """held_out(): the loss of the model on held-out clips. origin: what it is trained on."""
+        self.stage = stage
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.held_out = held_out
+        self.origin = origin
         self.path = args.run / f"{stage}.pt"
-        self.first, self.seconds, self.replaced = 0, 0.0, args.resume
-        self.knobs = {k: getattr(args, k) for k in args.knobs} | {"size": args.size, "seed": args.seed}
+        self.knobs = {name: getattr(args, name) for name in (*args.knobs, "recipe", "size", "seed")}
+        self.beside = None          # the Run of a model that is trained in the same loop
+        self.bar = None             # the progress bar
+        self.first = 0              # the step to begin with
+        self.seconds = 0.0          # of training, in earlier sittings
+        self.began = None           # when this sitting began
+        self.curve = []             # [step, training loss, held-out loss]
+        self.recent = []            # training losses since the last point of the curve
+        self.replaced = args.resume # has the file of an earlier run been set aside?
         if args.resume:
-            ckpt = read_checkpoint(self.path, stage)
-            if ckpt["config"] != config or ckpt["optimizer"] is None or ckpt["model"].keys() != model.state_dict().keys():
-                stop(f"{self.path} cannot be resumed here (other data, play-only weights, or of another version); train afresh without --resume")
-            for k in origin:
-                if ckpt["origin"].get(k) != origin[k]:
-                    stop(f"{self.path} was begun on another {k} ({ckpt['origin'].get(k)}, now {origin[k]}); "
-                         + ("name that with --data, or " if k == "data" else "") + "train afresh")
-            model.load_state_dict(ckpt["model"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-            self.first, self.seconds = ckpt["step"], ckpt["seconds"]
-            if args.steps < self.first:
-                stop(f"{self.path} is at step {self.first} already, beyond --steps {args.steps}")
+            self.resume()
         elif args.rank == 0:
             check_writable(args.run)
 
-    def save(self, step):
-        """Write the checkpoint, and that of a model trained beside it: both or neither."""
-        if self.beside:
-            self.beside.began, self.beside.seconds = self.began, self.seconds
-            self.origin[self.beside.stage] = fingerprint(self.beside.model)
-        runs = [self.beside, self] if self.beside else [self]
-        for run in runs:
-            if not all(p.isfinite().all() for p in run.model.parameters()):
-                stop(f"the weights are no longer finite at step {step}; {run.path} is as it was; try a lower --lr")
-        if self.args.rank == 0:
-            (path, write), *more = [run.checkpoint(step) for run in runs]
-            write_atomically(path, write, *more)
-
-    def checkpoint(self, step):
-        """The path, and what writes the checkpoint to an open file. What an earlier run left there is kept, once, as NAME.old.pt."""
-        if not self.replaced and self.path.exists():
-            write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(self.path.read_bytes()))
-        self.replaced = True
-        seconds = self.seconds + (time.time() - self.began if self.began else 0.0)
-        ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin, step=step, seconds=seconds,
-                    model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
-        return self.path, lambda f: torch.save(ckpt, f)
+    def resume(self):
+        """Go on from the checkpoint, if it is of the same model on the same data."""
+        ckpt = read_checkpoint(self.path, self.stage)
+        same_model = ckpt["model"].keys() == self.model.state_dict().keys()
+        if ckpt["config"] != self.config or ckpt["optimizer"] is None or not same_model:
+            stop(f"{self.path} cannot be resumed here (other data, play-only weights, or of "
+                 "another version); train afresh without --resume")
+        for name, now in self.origin.items():
+            before = ckpt["origin"].get(name)
+            if before != now:
+                hint = "name that with --data, or " if name == "data" else ""
+                stop(f"{self.path} was begun on another {name} ({before}, now {now}); "
+                     f"{hint}train afresh")
+        if self.args.steps < ckpt["step"]:
+            stop(f"{self.path} is at step {ckpt['step']} already, beyond --steps {self.args.steps}")
+        self.model.load_state_dict(ckpt["model"])
+        self.optimizer.load_state_dict(ckpt["optimizer"])
+        self.first = ckpt["step"]
+        self.seconds = ckpt["seconds"]
+        self.curve = ckpt["curve"]
 
     def steps(self):
-        """Yields step numbers up to args.steps. Saves every 500 steps, at Ctrl-C and at the end; sets seed and lr."""
-        args, self.began, self.stopped = self.args, time.time(), False
-        self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage, disable=args.rank > 0, mininterval=1,
-                        dynamic_ncols=True)
-        if args.bench:
-            yield from self.bench()
-            raise SystemExit(0)
-        with contextlib.suppress(ValueError):        # only the main thread may catch signals
-            signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
+        """Yield the numbers of the steps up to --steps. Seeds each step, and saves now and then."""
+        args = self.args
+        self.began = time.time()
+        self.stopped = False
+        self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage,
+                        disable=args.rank > 0, mininterval=1, dynamic_ncols=True)
+        self.on_ctrl_c(self.ask_to_stop)
         for step in range(self.first, args.steps):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
-            schedule(self.optimizer, step, args)
             yield step
             self.bar.update()
-            if self.asked_to_stop(step):
+            if self.must_stop(step):
                 self.save(step + 1)
                 self.bar.close()
                 if args.rank == 0:
-                    print(f"stopped and saved at step {step + 1}; go on with the same command and --resume", file=sys.stderr)
+                    print(f"stopped and saved at step {step + 1}; go on with the same command "
+                          "and --resume", file=sys.stderr)
                 raise SystemExit(130)
-            if (step + 1) % 500 == 0:
+            if (step + 1) % self.save_every == 0:
                 self.save(step + 1)
         self.bar.close()
+        # the clock stops: what a stage does afterwards is no training
         self.seconds += time.time() - self.began
-        self.began = None                            # the clock stands: what a stage does afterwards is no training
+        self.began = None
         self.save(args.steps)
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, lambda *_: stop("interrupted while scoring; the weights are saved: the same command with --resume goes on"))
+        self.on_ctrl_c(self.while_scoring)
 
-    def asked_to_stop(self, step):
-        """Ctrl-C? Under torchrun each process hears of it in a step of its own, and all must stop after the same one: every 20 steps they
-        ask each other."""
+    def on_ctrl_c(self, call):
+        # only the main thread may catch signals
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, call)
+
+    def ask_to_stop(self, *_):
+        self.stopped = True
+
+    def while_scoring(self, *_):
+        stop("interrupted while scoring; the weights are saved: the same command with --resume "
+             "goes on")
+
+    def must_stop(self, step):
+        """Was Ctrl-C pressed? Processes hear of it in different steps, and stop after the same."""
         if self.args.world == 1:
             return self.stopped
         if step % 20:
@@ -717,94 +951,126 @@ class Run:
         torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
         return stopped.item() > 0
 
-    def bench(self, warm=5, timed=20):
-        """`--bench`: the loop runs, and one JSON line says how fast; nothing is saved. Hooks tell the phases of a step apart."""
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-        args, marks, rows = self.args, [], []
-
-        def mark(*_):
-            if args.device.type == "cuda":
-                torch.cuda.synchronize(args.device)
-            marks.append(time.perf_counter())
-
-        hooks = [self.model.register_forward_pre_hook(mark), self.model.register_forward_hook(mark),
-                 self.optimizer.register_step_pre_hook(mark), self.optimizer.register_step_post_hook(mark)]
-        for step in range(warm + timed):
-            marks.clear()
-            mark()
-            yield step
-            rows.append([b - a for a, b in zip(marks, marks[1:])])
-        for hook in hooks:
-            hook.remove()
-        peak, counter, forward = memory(args.device), FlopCounterMode(display=False), []
-        self.model.register_forward_pre_hook(lambda _, inputs: tuple(v[:1] if torch.is_tensor(v) else v for v in inputs))    # of one clip
-        self.model.register_forward_hook(lambda *_: forward.append(counter.get_total_flops()))   # what is computed again is no progress
-        counted = sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else contextlib.nullcontext()
-        with torch.compiler.set_stance("force_eager"), counted, counter:         # it sees through torch's operations only
-            yield step
-        self.bar.close()
-        phases = [sorted(column)[timed // 2] for column in zip(*rows[warm:])]
-        total, flops = sorted(map(sum, rows[warm:]))[timed // 2], 3 * args.batch // args.world * forward[0]      # by custom: backward costs twice as much
-        with autocast(args):
-            dtype = torch.get_autocast_dtype(args.device.type) if torch.is_autocast_enabled(args.device.type) else torch.float32
-        if args.rank > 0:
+    def log(self, step, loss, **watch):
+        """Show the numbers every 20 steps (reading them makes a GPU wait), and draw the curve."""
+        last = step == self.args.steps - 1
+        if step % 20 and not last:
             return
-        rate = matmul_rate(args.device, dtype)
-        print(json.dumps(dict(
-            stage=self.stage, size=args.size, device=str(args.device), threads=torch.get_num_threads(), compile=args.compile,
-            dtype=str(dtype).removeprefix("torch."), batch=args.batch, frames=args.frames,
-            parameters=sum(p.numel() for p in self.model.parameters()), clips_per_second=round(args.batch / total, 2),
-            frames_per_second=round(args.batch * args.frames / total, 1),
-            milliseconds={k: round(1000 * v, 1) for k, v in zip(("data", "forward", "backward", "optimizer"), phases)},
-            gflop_per_step=round(flops / 1e9, 1), matmul_gflops=round(rate / 1e9), mfu=round(flops / total / rate, 3), memory_gb=peak)))
+        value = loss.detach().item()
+        if not math.isfinite(value):
+            stop(f"the loss is {value} at step {step}; what was saved before is untouched; "
+                 "try a lower --lr")
+        shown = {name: f"{v.detach().item():.4f}" for name, v in dict(loss=loss, **watch).items()}
+        if self.bar:
+            self.bar.set_postfix(shown)
+        self.recent.append(value)
+        # about twenty points of the curve in a run
+        every = max(20, self.args.steps // 400 * 20)
+        if self.args.rank == 0 and (step % every == 0 or last):
+            training_loss = sum(self.recent) / len(self.recent)
+            self.curve.append([step, round(training_loss, 5), round(self.held_out_loss(), 5)])
+            self.recent = []
 
-    def log(self, step, loss, **stats):
-        """Show the numbers every few steps (reading them makes a GPU wait); a loss that is not finite ends the run."""
-        if step % 20 == 0 or step == self.args.steps - 1:
-            value = loss.detach().item()
-            if not math.isfinite(value):
-                stop(f"the loss is {value} at step {step}; what was saved before is untouched; try a lower --lr")
-            self.bar.set_postfix({k: f"{v.detach().item():.4f}" for k, v in dict(loss=loss, **stats).items()})
+    @torch.no_grad()
+    def held_out_loss(self):
+        """The loss on held-out clips, with the same luck each time."""
+        self.model.eval()
+        # uncompiled: other shapes than in training are not worth compiling
+        gpus = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(0)
+            loss = self.held_out().item()
+        self.model.train()
+        return loss
+
+    def save(self, step):
+        """Write the checkpoint, and with it that of a model trained beside: both or neither."""
+        runs = [self]
+        if self.beside:
+            self.beside.began = self.began
+            self.beside.seconds = self.seconds
+            self.origin[self.beside.stage] = fingerprint(self.beside.model)
+            runs = [self.beside, self]
+        for run in runs:
+            if not all(p.isfinite().all() for p in run.model.parameters()):
+                stop(f"the weights are no longer finite at step {step}; {run.path} is as it was; "
+                     "try a lower --lr")
+        if self.args.rank == 0:
+            (path, write), *more = [run.checkpoint(step) for run in runs]
+            write_atomically(path, write, *more)
+
+    def checkpoint(self, step):
+        """The path, and what writes the checkpoint to an open file.
+
+        What an earlier run left there is kept, once, as NAME.old.pt.
+        """
+        if not self.replaced and self.path.exists():
+            earlier = self.path.read_bytes()
+            write_atomically(self.path.with_suffix(".old.pt"), lambda f: f.write(earlier))
+        self.replaced = True
+        seconds = self.seconds
+        if self.began:
+            seconds += time.time() - self.began
+        ckpt = dict(stage=self.stage, config=self.config, knobs=self.knobs, origin=self.origin,
+                    step=step, seconds=seconds, curve=self.curve, model=self.model.state_dict(),
+                    optimizer=self.optimizer.state_dict(), fingerprint=fingerprint(self.model))
+        return self.path, lambda f: torch.save(ckpt, f)
 
     def report(self, evaluate):
-        """Score the finished model; print the scores and write them to NAME.json beside the checkpoint."""
+        """Score the finished model. Print the scores, and write NAME.json beside the checkpoint."""
         args = self.args
         if args.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if args.rank > 0:
             return
-        with torch.compiler.set_stance("force_eager"):           # other shapes than in training: not worth compiling
+        # other shapes than in training: not worth compiling
+        with torch.compiler.set_stance("force_eager"):
             scores = evaluate(self.model, args)
-        about = dict(stage=self.stage, size=args.size, steps=args.steps, seconds=round(self.seconds, 1), device=str(args.device),
-                     seed=args.seed, parameters=sum(p.numel() for p in self.model.parameters()),
-                     peak_memory_gb=memory(args.device), torch=torch.__version__, **self.origin, fingerprint=fingerprint(self.model), knobs=self.knobs)
-        scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in scores.items()}
-        write_json(args.run / f"{self.stage}.json", scores | about)
-        for k, v in scores.items():
-            print(f"{k:>24}  {v}")
-        print(f"{self.seconds / 60:.1f} minutes of training, {about['parameters'] / 1e6:.1f}M parameters; scores in {args.run}/{self.stage}.json")
+        for name, v in scores.items():
+            scores[name] = round(v, 4) if isinstance(v, float) else v
+            print(f"{name:>24}  {scores[name]}")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        about = dict(stage=self.stage, recipe=args.recipe, size=args.size, steps=args.steps,
+                     seconds=round(self.seconds, 1), device=str(args.device), seed=args.seed,
+                     parameters=parameters, peak_memory_gb=memory(args.device),
+                     torch=torch.__version__, **self.origin, fingerprint=fingerprint(self.model),
+                     knobs=self.knobs, curve_of="step, training loss, held-out loss",
+                     curve=self.curve)
+        path = args.run / f"{self.stage}.json"
+        write_json(path, scores | about)
+        print(f"{self.seconds / 60:.1f} minutes of training, {parameters / 1e6:.1f}M parameters; "
+              f"scores in {path}")
+
+
+# ------------------------------------------------------------------------------- pictures
 
 
 def check_patch(patch, height, width):
     if height % patch or width % patch:
-        stop(f"frames of {width}x{height} pixels cannot be cut into patches of {patch}; choose a --patch that divides both")
+        stop(f"frames of {width}x{height} pixels cannot be cut into patches of {patch}; "
+             "choose a --patch that divides both")
+
+
+def to_bytes(image):
+    """An image (..., H, W, C) in [0, 1], torch or numpy, as uint8."""
+    return (np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8)
 
 
 def save_picture(path, clips, title):
-    """Write clips, each (T, H, W, C) in [0, 1], as a PNG, a row of frames for each, enlarged without smoothing; say what it shows."""
+    """Write clips, each (T, H, W, C) in [0, 1], as a PNG: a row of frames for each clip."""
     import imageio.v2 as imageio
-    image = torch.vstack([torch.hstack(list(clip)) for clip in clips])           # (clips * H, T * W, C)
-    pixels = (image.clamp(0, 1) * 255).byte().cpu().numpy().repeat(2, 0).repeat(2, 1)
+    rows = [torch.hstack(list(clip)) for clip in clips]             # (H, T * W, C) each
+    pixels = to_bytes(torch.vstack(rows).cpu()).repeat(2, 0).repeat(2, 1)
     write_atomically(path, lambda f: imageio.imwrite(f, pixels, format="png"))
     print(f"{path}: {title}")
 
 
 def pyplot_for_files():
-    """matplotlib.pyplot, to draw into files alone, whatever window the shell or a notebook asks for (MPLBACKEND, which may name one that is not there)."""
-    os.environ["MPLBACKEND"] = "Agg"                             # read when matplotlib is first imported;
+    """matplotlib.pyplot, to draw into files alone, whatever window MPLBACKEND asks for."""
+    # read when matplotlib is first imported, when it may name a backend that is not there
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
-    matplotlib.use("Agg", force=True)                            # after that, this counts
+    matplotlib.use("Agg", force=True)
     import matplotlib.pyplot as plt
     return plt
 
@@ -816,8 +1082,9 @@ def save_figure(path, figure, title):
 
 
 def write_gif(path, frames, fps=10):
-    """Write frames, (H, W, C) arrays in [0, 1], as a GIF, four times as large, without smoothing."""
+    """Write frames, (H, W, C) arrays in [0, 1], as a GIF, four times as large."""
     import imageio.v2 as imageio
-    big = [(np.clip(f, 0, 1) * 255).astype(np.uint8).repeat(4, 0).repeat(4, 1) for f in frames]
-    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps, loop=0))
+    big = [to_bytes(frame).repeat(4, 0).repeat(4, 1) for frame in frames]
+    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps,
+                                                      loop=0))
     print(f"{path}: {len(frames)} frames")

@@ -1,15 +1,13 @@
-"""Stage 1: the video tokenizer (ST-ViViT, section 2.1). Frames in, a grid of discrete tokens a frame out, and back.
+"""Train stage 1, the video tokenizer (ST-ViViT, section 2.1): frames <-> discrete tokens.
 
     python tokenizer.py                      # data/platformer -> runs/platformer/tokenizer.pt
-    python tokenizer.py --data data/mine     # your own videos
+    python tokenizer.py --data data/mine     # your own videos -> runs/mine/tokenizer.pt
+    python tokenizer.py --recipe paper --run runs/paper      # VQ-VAE as published
 
-A VQ-VAE whose encoder and decoder are causal ST-transformers: token z_t carries what x_1..x_t showed, and frame t is
-decoded from z_1..z_t. Everything later happens in these tokens.
-
-Where it departs from the paper, at every size but coinrun: patches of 8 pixels instead of 4 (64 tokens a frame: a quarter of
-the work for each later stage), a smaller model and a higher learning rate (minutes, not days). At every size: the
-codebook is online k-means with revival (see VectorQuantizer), and the reconstruction error is divided by the variance of
-the pixels, so that it starts near 1 and the commitment loss cannot drown it.
+It is a VQ-VAE. The encoder turns each patch of a frame into a vector. The quantizer replaces the
+vector by the index of the nearest code: the patch's token. The decoder turns tokens back into
+pixels. Encoder and decoder are causal ST-transformers: token z_t knows x_1..x_t, and frame t is
+decoded from z_1..z_t. The later stages see tokens only.
 """
 import math
 
@@ -18,118 +16,204 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Clips, psnr
-from st_block import (Run, STTransformer, VectorQuantizer, autocast, check_patch, command, make_optimizer, parallel,
-                      parser, patchify, perplexity, prepare_blocks, save_picture, settle, unpatchify)
+from st_block import (OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast, check_patch,
+                      command, make_optimizer, parallel, parser, patchify, perplexity, prepare,
+                      save_picture, schedule, settle, unpatchify)
 
+# Each knob has a value for every --size. At coinrun, the paper's case study, they are those of its
+# appendix F. Elsewhere patches of 8 pixels instead of 4 give a quarter of the tokens, and so a
+# quarter of the work to each later stage.
 KNOBS = dict(
-    #            test  laptop   gpu  coinrun
-    steps=      (350,    700,  2000, 300000, "training steps"),
-    batch=      (  8,     16,    32,     48, "clips in a step"),
-    frames=     (  4,      8,    16,     16, "frames in a clip, and how far back a frame may look"),
-    patch=      (  8,      8,     8,      4, "pixels along a patch's side"),
-    dim=        ( 64,    128,   512,    512, "width D"),
-    layers=     (  1,      1,     4,      8, "ST blocks of the encoder, and of the decoder"),
-    heads=      (  2,      2,     8,      8, "attention heads"),
-    codes=      (256,   1024,  1024,   1024, "size of the codebook K"),
-    code_dim=   (  8,     32,    32,     32, "dimensions of a code"),
-    beta=       (0.25,  0.25,  0.25,   0.25, "weight of the commitment loss"),
-    lr=         (3e-3,  2e-3,  1e-3,   3e-4, "peak learning rate"),
-    warmup=     ( 10,    100,   200,  10000, "steps of linear warm-up"),
-    scored=     ( 32,     64,   256,    256, "held-out clips in the scores"),
+    #             test  laptop   gpu  coinrun
+    steps=       (350,    700,  2000, 300000, "training steps"),
+    batch=       (  8,     16,    32,     48, "clips in a step"),
+    frames=      (  4,      8,    16,     16, "frames in a clip, and how far back a frame looks"),
+    patch=       (  8,      8,     8,      4, "pixels along a patch's side"),
+    dim=         ( 64,    128,   512,    512, "width D"),
+    layers=      (  1,      1,     4,      8, "ST blocks of the encoder, and of the decoder"),
+    heads=       (  2,      2,     8,      8, "attention heads"),
+    vocabulary=  (256,   1024,  1024,   1024, "how many different tokens there are"),
+    latent_dim=  (  8,     32,    32,     32, "dimensions of the vector behind a token"),
+    lr=          (3e-3,  2e-3,  1e-3,   3e-4, "peak learning rate"),
+    warmup=      ( 10,    100,   200,  10000, "steps of linear warm-up"),
+    scored=      ( 32,     64,   256,    256, "held-out clips in the scores"),
 )
-MODEL = ("patch", "dim", "layers", "heads", "codes", "code_dim", "beta")    # the knobs that a checkpoint must carry
+# --recipe paper overrides some: its clips have 16 frames. (A step has as many frames as above.)
+PAPER = dict(
+    frames=      ( 16,     16,    16,     16),
+    batch=       (  2,      8,    32,     48),
+)
+# the knobs that the model is built from
+MODEL = ("patch", "dim", "layers", "heads", "vocabulary", "latent_dim")
+
+
+# ------------------------------------------------------------------------------- the paper's model
 
 
 class Tokenizer(nn.Module):
-    """Frames (B, T, H, W, C) in [0, 1] <-> tokens (B, T, N), integers below `codes`. Both ways causal in time."""
+    """Frames (B, T, H, W, C) in [0, 1] <-> tokens (B, T, N), integers below `vocabulary`."""
+    quantizer = VectorQuantizer
+    beta = 0.25         # weight of the commitment loss, as in VQ-VAE
+    ffw = 1             # see STBlock
 
-    def __init__(self, height, width, window, patch, dim, layers, heads, codes, code_dim, beta):
+    def __init__(self, height, width, window, patch, dim, layers, heads, vocabulary, latent_dim):
         super().__init__()
-        self.height, self.width, self.patch, self.beta = height, width, patch, beta
-        self.tokens, pixels = (height // patch) * (width // patch), 3 * patch * patch
+        self.height = height
+        self.width = width
+        self.patch = patch
+        self.tokens = (height // patch) * (width // patch)          # N
+        pixels = 3 * patch * patch
         self.embed = nn.Linear(pixels, dim)
-        self.encoder = STTransformer(self.tokens, dim, layers, heads, window)
-        self.to_code = nn.Linear(dim, code_dim)
-        self.vq = VectorQuantizer(codes, code_dim)
-        self.from_code = nn.Linear(code_dim, dim)
-        self.decoder = STTransformer(self.tokens, dim, layers, heads, window)
+        self.encoder = STTransformer(self.tokens, dim, layers, heads, window, self.ffw)
+        self.to_latent = nn.Linear(dim, latent_dim)
+        self.vq = self.quantizer(vocabulary, latent_dim, self.beta)
+        self.from_latent = nn.Linear(latent_dim, dim)
+        self.decoder = STTransformer(self.tokens, dim, layers, heads, window, self.ffw)
         self.to_pixels = nn.Linear(dim, pixels)
 
     def features(self, x):
-        """Frames (B, T, H, W, C) -> vectors to be quantised (B, T, N, code_dim)."""
-        x = patchify(2 * x - 1, self.patch)                         # (B, T, N, P*P*C)
-        return self.to_code(self.encoder(self.embed(x)))            # (B, T, N, code_dim)
+        """Frames (B, T, H, W, C) -> vectors to be quantized (B, T, N, latent_dim)."""
+        # patches of pixels in [-1, 1], each a vector
+        patches = patchify(2 * x - 1, self.patch)                   # (B, T, N, P*P*C)
+        h = self.encoder(self.embed(patches))                       # (B, T, N, D)
+        return self.to_latent(h)
 
     def pixels(self, e, cache=None):
-        """Quantised vectors (B, T, N, code_dim) -> frames (B, T, H, W, C), not clamped."""
-        x = self.to_pixels(self.decoder(self.from_code(e), cache=cache))
-        return unpatchify(x.float(), self.patch, self.height, self.width) / 2 + 0.5         # (B, T, H, W, C)
+        """Quantized vectors (B, T, N, latent_dim) -> frames (B, T, H, W, C), not clamped."""
+        h = self.decoder(self.from_latent(e), cache)                # (B, T, N, D)
+        patches = self.to_pixels(h).float()                         # (B, T, N, P*P*C)
+        return unpatchify(patches, self.patch, self.height, self.width) / 2 + 0.5
 
     def encode(self, x):
         """Frames (B, T, H, W, C) -> tokens (B, T, N)."""
-        return self.vq.nearest(self.vq.norm(self.features(x).float()))
+        return self.vq.nearest(self.features(x))
 
     def decode(self, z, cache=None):
-        """Tokens (B, T, N) -> frames (B, T, H, W, C) in [0, 1]. With a cache: one new frame, which it must then advance past."""
-        return self.pixels(F.embedding(z, self.vq.codebook), cache).clamp(0, 1)
+        """Tokens (B, T, N) -> frames (B, T, H, W, C) in [0, 1].
+
+        With a cache: the tokens (B, 1, N) of one new frame. The caller advances the cache.
+        """
+        return self.pixels(self.vq.lookup(z), cache).clamp(0, 1)
+
+    def error(self, y, x):
+        """How far reconstructions y are from frames x, both (B, T, H, W, C): the mean square."""
+        return F.mse_loss(y, x)
 
     def forward(self, x):
-        """Loss of clips x (B, T, H, W, C) in [0, 1], and what to watch: {name: scalar}."""
-        e, z, commitment = self.vq(self.features(x))
-        error = F.mse_loss(self.pixels(e), x)
-        loss = error / x.var().clamp(min=1e-4) + self.beta * commitment      # (frames of one colour vary by nothing)
-        return loss, dict(mse=error, commit=commitment)
+        """Clips x (B, T, H, W, C) in [0, 1] -> the loss, and its parts: {name: scalar}."""
+        # each patch becomes a vector, each vector the nearest code e, with the token z
+        e, z, vq_loss = self.vq(self.features(x))                   # e (B, T, N, latent_dim)
+        # draw the clip again from the codes
+        y = self.pixels(e)                                          # (B, T, H, W, C)
+        error = self.error(y, x)
+        return error + vq_loss, dict(error=error, vq=vq_loss)
 
 
-build = Tokenizer               # for load_model
+# ------------------------------------------------------------------------------- what we added
+
+
+class OurTokenizer(Tokenizer):
+    """--recipe ours. What differs, and why:
+
+    - quantizer: the codebook is k-means, which brings nearly all codes into use within minutes.
+    - error: the mean square error is divided by the variance of the pixels. It starts near 1 on
+      every video, so the commitment loss cannot drown it.
+    - ffw: see STBlock.
+    """
+    quantizer = OnlineKMeans
+    ffw = 4
+
+    def error(self, y, x):
+        # frames of one colour vary by nothing
+        return super().error(y, x) / x.var().clamp(min=1e-4)
+
+
+MODELS = dict(paper=Tokenizer, ours=OurTokenizer)
+
+
+def build(recipe, **config):
+    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    return MODELS[recipe](**config)
+
+
+# ------------------------------------------------------------------------------- what it learned
 
 
 @torch.no_grad()
 def tokens_of(tokenizer, clips, batch=16):
-    """Tokens (B, T, N) of many clips (B, T, H, W, C), a few at a time."""
-    return torch.cat([tokenizer.encode(clips[i:i + batch]) for i in range(0, len(clips), batch)])
+    """The tokens (B, T, N) of many clips (B, T, H, W, C), a few at a time."""
+    return torch.cat([tokenizer.encode(part) for part in clips.split(batch)])
 
 
 @torch.no_grad()
 def evaluate(tokenizer, args):
-    """Held-out levels: psnr beside copy_psnr, and how much of the codebook is in use. Writes the picture."""
+    """Held-out levels: psnr beside copy_psnr, and how much of the vocabulary is in use.
+
+    Writes tokenizer.png.
+    """
     tokenizer.eval()
+    # longer than the clips of training, where these have fewer frames: tokens must not decay
     valid = Clips(args.data, "valid", 16, args.device)
-    x = valid.at(valid.spread(args.scored))                          # (B, 16, H, W, C)
-    z = tokens_of(tokenizer, x)
+    x = valid.at(valid.spread(args.scored))                         # (B, 16, H, W, C)
+    z = tokens_of(tokenizer, x)                                     # (B, 16, N)
     y = torch.cat([tokenizer.decode(part) for part in z.split(16)])
-    K = len(tokenizer.vq.codebook)
+    # three clips, eight frames of each
     rows = []
-    for i in range(0, len(x), math.ceil(len(x) / 3)):                # three clips, eight frames of each
+    for i in range(0, len(x), math.ceil(len(x) / 3)):
         rows += [x[i, :8], y[i, :8], (x[i, :8] - y[i, :8]).abs()]
-    save_picture(args.run / "tokenizer.png", rows, "held-out frames, their reconstruction, the absolute error")
-    return dict(psnr=psnr(x, y).mean().item(), psnr_frame_1=psnr(x, y)[:, 0].mean().item(),
+    save_picture(args.run / "tokenizer.png", rows,
+                 "held-out frames, their reconstruction, the absolute error")
+    V = len(tokenizer.vq.codebook)
+    quality = psnr(x, y)                                            # (B, 16)
+    return dict(psnr=quality.mean().item(),
+                psnr_frame_1=quality[:, 0].mean().item(),
                 copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
-                codes_in_use=len(z.unique()) / K, code_perplexity=perplexity(z, K).item(), codes=K)
+                tokens_in_use=len(z.unique()) / V,
+                token_perplexity=perplexity(z, V).item(),
+                vocabulary=V)
 
 
-def main(argv=None):
-    args = settle(parser(__doc__, KNOBS).parse_args(argv), "tokenizer")
+# ------------------------------------------------------------------------------- training
+
+
+def main(argv=None, model_class=None, runner=Run):
+    """Train the tokenizer. The lab passes a model_class or a runner of its own."""
+    args = settle(parser(__doc__, KNOBS, PAPER).parse_args(argv), "tokenizer")
+    # the clips to learn from, and some from other levels
     clips = Clips(args.data, "train", args.frames, args.device)
+    valid = Clips(args.data, "valid", args.frames, args.device)
+    held_out = valid.at(valid.spread(args.batch))                   # (B, T, H, W, C)
     height, width, _ = clips.meta["frame"]
     check_patch(args.patch, height, width)
-    config = dict(height=height, width=width, window=args.frames) | {k: getattr(args, k) for k in MODEL}
+
+    # the model
+    config = dict(height=height, width=width, window=args.frames)
+    config |= {name: getattr(args, name) for name in MODEL}
     torch.manual_seed(args.seed)
-    model = Tokenizer(**config).to(args.device)
+    model = (model_class or MODELS[args.recipe])(**config).to(args.device)
     optimizer = make_optimizer(model, args.lr)
-    run = Run("tokenizer", args, model, optimizer, config, data=clips.name)
-    prepare_blocks(model, args)
+    config["recipe"] = model_class.__name__ if model_class else args.recipe
+
+    def held_out_loss():
+        return model(held_out)[0]
+
+    run = runner("tokenizer", args, model, optimizer, config, held_out_loss, data=clips.name)
+    prepare(model, args)
     net = parallel(model, args)
 
     for step in run.steps():
-        x = clips.sample(args.batch // args.world)                   # (B, T, H, W, C)
+        schedule(optimizer, step, args)
+        # a batch of random clips
+        x = clips.sample(args.batch // args.world)                  # (B, T, H, W, C)
+        # reconstruct them
         with autocast(args):
-            loss, watch = net(x)
+            loss, parts = net(x)
+        # learn from the error
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss, **watch)
+        run.log(step, loss, **parts)
 
     run.report(evaluate)
 

@@ -1,0 +1,425 @@
+"""What we added to the paper, piece by piece: is each remedy what its name says?
+
+The properties that both recipes share are in test_genie.py.
+"""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import dynamics as dyn
+import lam as lam_stage
+import st_block as st
+from lab.conftest import small_dynamics, small_lam, small_tokenizer
+
+# ------------------------------------------------------------------------------- the quantizer
+
+
+@pytest.mark.parametrize("quantizer", [st.VectorQuantizer, st.OnlineKMeans])
+def test_tokens_are_the_same_under_autocast(quantizer):
+    """Distances to a thousand codes drown in bf16: training and play would see other tokens."""
+    torch.manual_seed(0)
+    vq = quantizer(1024, 32, beta=0.25).eval()
+    # vectors as far apart as the codes
+    z = vq.codebook.detach().std() * torch.randn(500, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        index = vq.nearest(z)
+    assert torch.equal(index, vq.nearest(z))
+
+
+def test_codes_begin_on_the_data():
+    """After one batch no code is longer than the vectors, however many codes there are."""
+    torch.manual_seed(0)
+    vq = st.OnlineKMeans(1024, 32, beta=0.25).train()
+    vq(torch.randn(8192, 32))
+    length = vq.codebook.square().mean(1).sqrt()
+    assert length.max() < 1.1
+
+
+def heaps():
+    """400 vectors in four heaps, and a k-means of them in a bad local minimum: two codes share the
+    first heap, and one code lies between two others."""
+    torch.manual_seed(0)
+    middles = torch.tensor([[3.0, 0], [0, 3], [-3, 0], [0, -3]])
+    z = F.rms_norm(middles.repeat_interleave(100, 0) + 0.1 * torch.randn(400, 2), (2,))
+    vq = st.OnlineKMeans(4, 2, beta=0.25)
+    shared = F.rms_norm(torch.tensor([[3.0, 0.1], [3, -0.1], [-3, 3], [0, -3]]), (2,))
+    vq.codebook.copy_(shared)
+    vq.mean_sum.copy_(10 * shared)
+    vq.mean_count.fill_(10)
+    return z, middles, vq
+
+
+def test_kmeans_tried_anew_leaves_a_bad_local_minimum():
+    """From other beginnings it finds a code for every heap."""
+    z, middles, vq = heaps()
+    mine, best = vq.restart(z)
+    assert best < 0.2 * mine
+    assert sorted(vq.nearest(middles).tolist()) == [0, 1, 2, 3]
+    mean = vq.mean_sum / vq.mean_count[:, None]
+    assert torch.allclose(mean, vq.codebook, atol=1e-5), "the next step would move the codes back"
+    assert vq.mean_count.sum() == 40, "the next step would revive them, or never revive any"
+
+
+def test_kmeans_tried_anew_stays_where_nothing_is_better():
+    """To the bit, and it draws no global random number."""
+    z, _, vq = heaps()
+    vq.restart(z)
+    good = vq.codebook.clone()
+    luck = torch.get_rng_state()
+    vq.restart(z)
+    assert torch.equal(vq.codebook, good)
+    assert torch.equal(torch.get_rng_state(), luck)
+
+
+def test_kmeans_of_vectors_that_are_all_alike_does_no_harm():
+    """As those of a video in which nothing moves."""
+    _, _, vq = heaps()
+    vq.restart(torch.zeros(400, 2))
+    assert vq.codebook.isfinite().all()
+
+
+def test_narrowness_counts_directions():
+    """It is 1 on a line, 1/2 in a plane and 1/D in all D directions."""
+    torch.manual_seed(0)
+    z = torch.randn(20000, 4)
+    for directions in (1, 2, 4):
+        spread = z * (torch.arange(4) < directions) + 3
+        assert lam_stage.narrowness(spread).item() == pytest.approx(1 / directions, rel=0.02)
+
+
+def test_narrowness_leads_out_of_a_line():
+    torch.manual_seed(0)
+    z = (torch.randn(50, 4) * torch.tensor([1, 0.01, 0, 0])).requires_grad_()
+    lam_stage.narrowness(z).backward()
+    assert lam_stage.narrowness(z - z.grad) < lam_stage.narrowness(z)
+
+
+def test_narrowness_of_vectors_that_are_all_alike_does_no_harm():
+    z = torch.ones(50, 4, requires_grad=True)
+    lam_stage.narrowness(z).backward()
+    assert z.grad.isfinite().all()
+
+
+def test_vectors_are_spread_not_codes():
+    """Codes in a plane have no gradient that leads out of it: the loss would do nothing."""
+    torch.manual_seed(0)
+    vq = lam_stage.SpreadKMeans(8, 8, beta=0.05).eval()
+    plain = st.OnlineKMeans(8, 8, beta=0.05).eval()
+    vq.codebook[:, 1:] = 0
+    plain.codebook.copy_(vq.codebook)
+    z = torch.randn(50, 8, requires_grad=True)
+    pull, = torch.autograd.grad(vq(z)[2], z)
+    commitment, = torch.autograd.grad(plain(z)[2], z)
+    assert (pull - commitment).abs().max() > 1e-6
+
+
+# ------------------------------------------------------------------------------- the tokenizer
+
+
+@pytest.mark.parametrize("recipe", ["paper", "ours"])
+def test_frames_of_one_colour_do_no_harm(recipe):
+    """Ours divides the error by the variance of the pixels, which is 0 here."""
+    m = small_tokenizer(recipe).train()
+    loss, _ = m(torch.full((2, 3, 32, 32, 3), 0.5))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+
+
+def test_tokenizer_error_is_in_units_of_the_variance():
+    """Drawing the mean colour everywhere is an error of 1, on every video."""
+    m = small_tokenizer("ours")
+    for contrast in (1, 0.1):
+        x = contrast * torch.rand(2, 4, 32, 32, 3)
+        assert m.error(x.mean().expand_as(x), x).item() == pytest.approx(1, rel=0.01)
+
+
+# ------------------------------------------------------------------------------- latent actions
+
+
+@torch.no_grad()
+def test_a_negative_reads_like_the_picture():
+    """By motion energy a code means the same on light levels and on dark ones."""
+    m = small_lam("ours")
+    x = torch.rand(2, 4, 32, 32, 3)
+    assert torch.allclose(m.features(1 - x), m.features(x), atol=1e-5)
+    assert not torch.allclose(m.features(x.flip(1)), m.features(x), atol=1e-2), "it is blind"
+
+
+def test_shifted_clips_are_for_the_encoder_in_training():
+    """Half of the clips are rolled by less than a patch, not always by the same."""
+    m = small_lam("ours")
+    x = torch.rand(4, 3, 32, 32, 3)
+    assert torch.equal(m.shown_to_encoder(x), x), "in use every clip is read as it is"
+    m.train()
+    ways = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        seen = m.shown_to_encoder(x)
+        assert torch.equal(seen[2:], x[2:])
+        for way in np.ndindex(8, 8):
+            if torch.equal(seen[:2], x[:2].roll(way, (2, 3))):
+                ways.add(way)
+    assert len(ways) > 4
+
+
+def test_the_decoder_sees_no_shifted_clips():
+    m = small_lam("ours").train()
+    x = torch.rand(4, 3, 32, 32, 3)
+    seen = []
+
+    def keep(module, inputs, output):
+        seen.append(output.detach())
+
+    m.embed_past.register_forward_hook(keep)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        m(x)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_the_decoder_begins_at_copying_the_last_frame():
+    m = lam_stage.build("ours", height=32, width=32, window=4, patch=8, dim=16, layers=1, heads=2,
+                        codes=8, latent_dim=8)
+    x = torch.rand(1, 3, 32, 32, 3)
+    assert torch.equal(m.predict(x, torch.randn(1, 3, 8)), x)
+
+
+def test_the_error_leaves_out_the_border():
+    """What comes into view at the edges is nobody's action, and nobody is blamed for it."""
+    m = small_lam("ours")
+    x = torch.rand(2, 4, 32, 32, 3)
+    for row, counts in ((7, False), (8, True)):
+        drawn = x[:, 1:].clone()
+        drawn[:, :, row, 8:24] += 0.5
+        assert (m.error(drawn, x) > 0) == counts, f"row {row}"
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_the_error_is_in_units_of_copying(rooted):
+    """Drawing the last frame again is an error of 1, on every video."""
+    m = small_lam("ours")
+    m.rooted = rooted
+    for contrast in (1, 0.01):
+        x = contrast * torch.rand(2, 4, 32, 32, 3)
+        assert m.error(x[:, :-1], x).item() == pytest.approx(1, rel=0.01)
+
+
+def test_the_root_of_the_error_cares_for_little_motions():
+    """A jump beside a view that scrolls: to miss it is nothing in a mean of squares."""
+    m = small_lam("ours")
+    x = torch.zeros(1, 3, 32, 32, 3)
+    # much happens in the first transition, and little in the second
+    x[:, 1:] += 0.3
+    x[:, 2:, 8:12, 8:12] += 0.3
+    # the first is drawn right, the second is missed
+    drawn = torch.stack([x[:, 1], x[:, 1]], 1)
+    plain = m.error(drawn, x)
+    m.rooted = True
+    assert plain < 0.1 < 0.15 < m.error(drawn, x)
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_a_batch_in_which_nothing_moves_does_no_harm(rooted):
+    """The error of copying is 0 there, and a root has no gradient at 0."""
+    m = small_lam("ours").train()
+    m.rooted = rooted
+    loss, _, _ = m(torch.rand(4, 1, 32, 32, 3).expand(-1, 3, -1, -1, -1))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters() if p.grad is not None)
+
+
+# ------------------------------------------------------------------------------- the dynamics
+
+
+def test_the_canvas_shows_what_was_in_a_place_and_around_it():
+    """A frame is drawn over the last one: a token there shows in its place and the eight around."""
+    m = small_dynamics("ours")
+    z = torch.zeros(1, 2, 16, dtype=torch.long)
+    w = z.clone()
+    # frame 1, row 1, column 2
+    w[0, 0, 6] = 5
+    shows = (m.paint(m.before(z)) != m.paint(m.before(w))).any(-1)[0].view(2, 4, 4)
+    expected = torch.zeros(2, 4, 4, dtype=torch.bool)
+    expected[1, 0:3, 1:4] = True
+    assert torch.equal(shows, expected)
+
+
+# ------------------------------------------------------------------------------- the prior
+
+
+def guesses(m, z, a):
+    """What the prior thinks after each frame of z (B, T, N), told actions a (B, T-1)."""
+    return m.prior(z, m.before(z), m.actions(a))
+
+
+def small_prior():
+    """A small dynamics model, each of its tokens with a look of its own."""
+    m = small_dynamics("ours")
+    m.prior.appearance.normal_()
+    return m
+
+
+def test_prior_embeds_few_tokens_as_it_embeds_many():
+    """In training each token of the vocabulary is embedded once, in play only those in sight."""
+    m = small_prior()
+    nn.init.normal_(m.prior.head.weight)
+    z = torch.randint(24, (2, 6, 16))
+    a = torch.randint(8, (2, 5))
+    many = guesses(m, z, a)
+    assert torch.allclose(many[:1, :1], guesses(m, z[:1, :1], a[:1, :0]), atol=1e-5)
+
+
+def test_prior_and_dynamics_do_not_teach_each_other():
+    m = small_prior()
+    nn.init.normal_(m.prior.head.weight)
+    z = torch.randint(24, (2, 6, 16))
+    a = torch.randint(8, (2, 5))
+
+    def taught():
+        names = set()
+        for name, p in m.named_parameters():
+            if p.grad is not None and p.grad.any():
+                names.add(name.split(".")[0])
+        return names
+
+    m(z, a).backward()
+    assert "head" in taught() and "prior" not in taught()
+    m.zero_grad()
+    m.prior.requires_grad_(True)
+    dyn.surprise(m, z, a).backward()
+    assert taught() == {"prior"}
+
+
+def test_prior_knows_what_can_come_next_by_what_tokens_look_like(monkeypatch):
+    """The look of the first token tells which two codes can come. Tokens that never came in
+    training look like others that did, so the prior understands them as well. Learned once more,
+    as after --resume, it is the same to the bit."""
+    monkeypatch.setitem(dyn.PRIOR_STEPS, "test", 150)
+    m = small_prior()
+    m.prior.appearance[12:24] = m.prior.appearance[:12] + 0.05 * torch.randn(12, 192)
+    tokens = torch.randint(12, (1200, 16))
+    actions = 2 * (tokens[:, 0] % 4) + torch.randint(2, (1200,))
+    clips = SimpleNamespace(starts=np.arange(1196))
+    args = SimpleNamespace(seed=0, size="test", frames=4, device=torch.device("cpu"), compile="off")
+    dyn.learn_prior(m, tokens, actions, clips, args)
+    once = m.prior.head.weight.clone()
+    z = torch.randint(12, (16, 1, 16))
+    nothing = torch.zeros(16, 0, dtype=torch.long)
+    possible = 2 * (z[:, 0, :1] % 4) + torch.arange(2)              # (16, 2)
+    for frames in (z, z + 12):
+        likely = guesses(m, frames, nothing)[:, 0].softmax(-1)      # (16, 8)
+        assert likely.gather(1, possible).sum(1).mean() > 0.8
+    dyn.learn_prior(m, tokens, actions, clips, args)
+    assert torch.equal(m.prior.head.weight, once)
+
+
+class Luck(nn.Module):
+    """A stand-in for the prior: it expects less of the code that came last, and else guesses.
+
+    The tokens of a frame are the code that led to it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.quantiles = torch.zeros(9, 8, 101)
+
+    def forward(self, z, last, e):
+        return torch.rand(*z.shape[:2], 8).log() - 2 * F.one_hot(z[..., 0], 8)
+
+
+def test_quantiles_tell_what_is_rare():
+    """Of new moments at which a code comes, as small a share as was asked for lies below."""
+    torch.manual_seed(0)
+    m = small_dynamics("ours")
+    m.prior = Luck()
+    # 3 or 4, but 1 a few times
+    actions = torch.randint(3, 5, (60000,))
+    actions[:9] = 1
+    tokens = F.pad(actions[:-1], (1, 0))[:, None].expand(-1, 16)
+    table = dyn.quantiles_of(m, tokens, actions, np.arange(59997), 4)
+    for last, code in ((3, 3), (3, 4), (4, 3), (4, 4)):
+        moments = m.prior(torch.full((20000, 1, 1), last), None, None)
+        new = moments[:, 0].softmax(-1)[:, code]
+        for share in (10, 50, 100):
+            below = (new < table[last, code, share]).float().mean().item()
+            assert below == pytest.approx(share / 1000, rel=0.4)
+    assert torch.equal(table[0, 3], table[1, 3]), "what never came before 3 says nothing of it"
+    assert (table[:, 1, :100] == 0).all(), "nine moments tell nothing below one in ten"
+    assert (table[:, [0, 2, 5, 6, 7], 1:] == 1).all(), "a code that never came is always rare"
+
+
+# ------------------------------------------------------------------------------- game and scores
+
+
+def test_videos_show_what_a_wall_is():
+    """A player who hops over every wall in time teaches nobody that one cannot go through."""
+    blocked = 0
+    for seed in range(10):
+        game = data.Platformer(seed)
+        policy = data.Policy(np.random.default_rng(seed))
+        for _ in range(200):
+            ground = game.on_ground()
+            x = game.x
+            button = policy(game)
+            game.step(button)
+            # left or right on the ground, no jump, and no way
+            blocked += ground and button in (1, 2) and game.x == x
+    assert blocked > 0.015 * 2000, f"{blocked} moments of 2000"
+
+
+def test_a_frame_has_its_size_at_both_ends_of_a_level():
+    game = data.Platformer(7)
+    for x in (4 * data.TILE, (data.WIDTH - 4) * data.TILE - data.PLAYER_W):
+        game.x = x
+        assert game.frame().shape == (64, 64, 3)
+
+
+def test_displacement_is_that_of_the_camera():
+    wide = torch.rand(2, 32, 48, 3)
+
+    def view(x, y):
+        return wide[:, y:y + 20, x:x + 20]
+
+    for dx, dy in ((0, 0), (4, 0), (-2, 0), (3, -5)):
+        moved = data.displacement(view(10, 6), view(10 + dx, 6 + dy))
+        assert moved.tolist() == [[dx, dy]] * 2
+
+
+def test_displacement_is_not_fooled_by_the_hero_who_stays_in_his_place():
+    """He is brighter than what scrolls behind him. (Every look of the game, and every button.)"""
+    looks = {data.Platformer(seed).ink.tobytes(): seed for seed in range(7, 27)}
+    assert len(looks) == len(data.LOOKS)
+    for seed in looks.values():
+        for button in (1, 2, 4, 5):
+            game = data.Platformer(seed)
+            frames = []
+            x = []
+            for _ in range(8):
+                frames.append(torch.from_numpy(game.frame()) / 255)
+                x.append(game.x)
+                game.step(button)
+            moved = data.displacement(torch.stack(frames[:-1]), torch.stack(frames[1:]))
+            assert moved.tolist() == [[dx, 0] for dx in np.diff(x)]
+
+
+def test_a_perfect_lam_is_scored_as_one(platformer, monkeypatch):
+    """Codes that are the buttons, in reverse order: all right, and each key finds its code."""
+    root = platformer / "data/platformer"
+
+    def buttons_instead_of_frames(clips, starts):
+        pressed, _, _ = data.true_actions(root, clips.path.stem)
+        at = np.asarray(starts)[:, None] + np.arange(clips.T - 1)
+        return torch.from_numpy(5 - pressed[at].astype(int))
+
+    monkeypatch.setattr(data.Clips, "at", buttons_instead_of_frames)
+    lam = SimpleNamespace(vq=SimpleNamespace(codebook=range(6)), encode=torch.clone)
+    args = SimpleNamespace(data=root, device="cpu", scored=64, frames=4)
+    scores, _ = lam_stage.score_actions(lam, args)
+    assert scores["action_accuracy"] == 1
+    assert scores["nmi"] > 0.999
+    assert scores["keys"] == scores["meaning"] == [5, 4, 3, 2, 1, 0]
