@@ -348,8 +348,9 @@ class Policy:
     In most frames he presses a fresh button at random. He drifts right more than left, and he
     mostly hops over pits. Nearly every button stays likely at every moment, so that the past alone
     does not tell the next frame: only then have latent actions something to explain. He does not
-    look ahead and runs against walls, because a model learns what a wall is only from videos in
-    which somebody runs against one (lab/NOTES.md).
+    look ahead for walls and runs against them, because a model learns what a wall is only from
+    videos in which somebody runs against one (lab/NOTES.md). The probabilities below were chosen
+    by hand, for that.
     """
 
     def __init__(self, rng):
@@ -368,9 +369,9 @@ class Policy:
         if rng.random() < 0.75:
             way = rng.choice([0, self.mood, -self.mood], p=[0.27, 0.5, 0.23])
             self.held = {0: 0, -1: 1, 1: 2}[int(way)]
-        # he jumps at any time, and more often before a pit
-        before_pit = not game.hits(game.x + 10 * self.mood, game.y + 4)
-        if rng.random() < (0.6 if before_pit else 0.2):
+        # he jumps at any time, and more often where there is no ground ahead
+        no_ground = not game.hits(game.x + 10 * self.mood, game.y + 4)
+        if rng.random() < (0.6 if no_ground else 0.2):
             return self.held + 3
         return self.held
 
@@ -641,7 +642,7 @@ class Clips:
 
     @property
     def name(self):
-        """Identifies the data in checkpoints: the source, the number of frames, and a hash."""
+        """Identifies the data in checkpoints: source, number of frames, a hash of the first 100."""
         return f"{self.meta['source']}, {len(self.frames)} frames, {self.hash}"
 
     def at(self, starts):

@@ -50,7 +50,8 @@ PAPER = dict(
 )
 # the knobs that the model is built from
 MODEL = ("dim", "layers", "heads")
-# how play.py samples the worlds of each recipe, unless its flags say otherwise
+# How play.py samples the worlds of each recipe, unless its flags say otherwise. (The scores of a
+# training take fewer steps at size laptop, to be quick, and no temperature, to have less noise.)
 SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.5))
 
 
@@ -82,7 +83,7 @@ class Dynamics(nn.Module):
         self.prior = None                                           # see OurDynamics
 
     def vectors(self, a):
-        """Latent actions (B, T) -> action vectors e (B, T, D)."""
+        """Latent actions (B, T) -> action vectors e (B, T, D): the codes' vectors at width D."""
         return self.embed_action(F.embedding(a, self.codebook))
 
     def actions(self, a):
@@ -135,7 +136,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
     predict(z, place) gives the logits (B, 1, n, V) of frame z, part of it masked, at n places
     (B, 1, n). In each step some tokens are sampled and stay. The rest are masked in the next step,
     too. How many stay follows a cosine. Which ones: in `random` order, as the paper says, or those
-    of the highest probability first (`confidence`, as in MaskGIT). film: a list, for the drafts.
+    of the highest probability first (`confidence`, as in MaskGIT). film: a list, to which the frame
+    is appended as it is after each step.
     """
     z = torch.full((B, 1, N), MASK, device=device)
     everywhere = torch.arange(N, device=device).expand(z.shape)
@@ -178,7 +180,7 @@ def rollout(dynamics, z, a, **sampling):
     """Inference, as section 2.2 defines it: go on from frames z (B, T, N) under actions a.
 
     a (B, T-1+M): the first T-1 led to z, the others lead on. Returns (B, T+M, N). Every MaskGIT
-    step computes the whole past anew. `generate` gives the same tokens, faster.
+    step computes the whole past anew. `generate` gives the same tokens from the same seed, faster.
     """
     for t in range(z.size(1) - 1, a.size(1)):
         # the actions that led to each frame, the new one included
@@ -436,7 +438,7 @@ class Prior(nn.Module):
 
         Returns the logits of the code that comes next, (B, T, codes).
         """
-        # more tokens than the vocabulary has, as in training: embed each of it once, look them up
+        # more tokens than the vocabulary has, as in training: embed all of it once, then look up
         if z.numel() > len(self.appearance):
             now, ago = self.embed_appearance(self.appearance).chunk(2, -1)  # (V+1, dim) each
             now, ago = F.embedding(z, now), F.embedding(last, ago)  # (B, T, N, dim) each
@@ -512,14 +514,14 @@ def learn_prior(dynamics, tokens, actions, clips, args):
 
 @torch.no_grad()
 def quantiles_of(dynamics, tokens, actions, starts, frames):
-    """How surely did the prior expect each code when it came, after each other code?
+    """How surely did the prior expect each code when it came, after each code before it?
 
     Returns (codes + 1, codes, 101). Entry s of (last, code) is the s/1000 quantile of the
     probability that the prior gave to `code`, over the moments when it followed `last` (conformal
-    prediction, Vovk et al. 2005). It is 0 where there are too few moments to tell. The last row is
-    for frames that no code led to. A code that followed `last` less than 100 times has the
-    quantiles over all its moments. A code that never came has 1, except at s = 0. The clips must
-    be some that the prior did not learn from: what it has seen, it expects too surely.
+    prediction, Vovk et al. 2005). A pair seen less than 100 times uses all moments of that code.
+    With n moments, entries with s (n + 1) < 1000 are 0: too few to tell. The last row is for
+    frames that no code led to. A code that never came has 1, except at s = 0. The clips must be
+    some that the prior did not learn from: what it has seen, it expects too surely.
     """
     table = torch.zeros_like(dynamics.prior.quantiles)
     before, came, chance = [], [], []
@@ -549,7 +551,7 @@ MODELS = dict(paper=Dynamics, ours=OurDynamics)
 
 
 def build(recipe, **config):
-    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    """The model of a checkpoint. An unknown recipe, such as a lab model's name, is a KeyError."""
     return MODELS[recipe](**config)
 
 
@@ -600,7 +602,8 @@ def evaluate(dynamics, args, tokenizer, lam):
                   psnr_t4_random=random.mean().item(),
                   copy_psnr_t4=kept.mean().item(),
                   clips=len(x), maskgit=args.maskgit, temperature=args.temperature)
-    # how well the prior knows what comes next, beside what one knows of how common codes are
+    # how well the prior knows what comes next, beside the entropy of the codes: what a guess by
+    # how common they are would score
     a = lam_stage.actions_of(lam, x)                                # (B, 4)
     if dynamics.prior is not None:
         z = tokenizer_stage.tokens_of(tokenizer, x)
@@ -687,15 +690,15 @@ def encode(data, tokenizer, lam, args):
         a = torch.full(z.shape[:1], -1, dtype=torch.short, device=data.device)
     if not new_tokens and not new_actions:
         return z, a
-    # fours, the last clip repeated: one shape, which is compiled once
+    # batches of four, padded by repeating the last clip: one shape, which is compiled once
     clips = data.cover()[::-1]
     clips = np.pad(clips, (0, -len(clips) % 4), mode="edge").reshape(-1, 4)
     bar = tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True)
     for starts in bar:
         x = data.at(starts)                                         # (4, T, H, W, C)
-        # one clip after the other, from the end of the data: a frame that two clips share has the
-        # tokens of the clip in which it has more past. In fp32, as in play: an encoder in bf16
-        # gives 5 % other tokens
+        # Clips run from the last to the first. So of two clips that share a frame the earlier one
+        # writes last, in which the frame has more past. The encoder runs in fp32, as in play: in
+        # bf16 5 % of the tokens would be others
         if new_tokens:
             for start, tokens in zip(starts, tokenizer.encode(x).int()):
                 z[start:start + data.T] = tokens
@@ -741,7 +744,7 @@ def new_model(args, tokenizer, lam, model_class=None):
     torch.manual_seed(args.seed)
     model = (model_class or MODELS[args.recipe])(**config).to(args.device)
     config["recipe"] = model_class.__name__ if model_class else args.recipe
-    model.codebook.copy_(lam.vq.codebook)
+    model.codebook.copy_(lam.vq.codebook.detach())
     if model.prior is not None:
         model.prior.appearance[:-1] = appearance_of(tokenizer)
     return model, config
@@ -804,7 +807,7 @@ def main(argv=None, model_class=None, runner=Run):
         # of the dynamics reaches it: that is the stop-gradient of section 2.1
         if args.cotrain:
             a = lam_stage.train_step(lam_run, lam_net, clips, clips.at(starts), step)
-            model.codebook.copy_(lam.vq.codebook)
+            model.codebook.copy_(lam.vq.codebook.detach())
         # fill in the masked tokens
         with autocast(args):
             loss = net(z, a)

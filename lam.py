@@ -141,8 +141,9 @@ class LatentActionModel(nn.Module):
 
 # ------------------------------------------------------------------------------- what we added
 
-# By size, in shares of the training. ROOT_FROM: from here on the error is its root. RESTART:
-# k-means is tried anew whenever this share has passed. 1: never.
+# By size, in shares of the training. ROOT_FROM: after this share the error becomes its square root.
+# RESTART: k-means is tried anew whenever this share has passed. 1: never. They were chosen at size
+# laptop, by five seeds. At size test trainings are too short for either.
 ROOT_FROM = dict(test=1.0, laptop=0.4, gpu=0.4, coinrun=0.4)
 RESTART = dict(test=1.0, laptop=0.4, gpu=1.0, coinrun=1.0)
 
@@ -163,7 +164,8 @@ class SpreadKMeans(OnlineKMeans):
 def narrowness(v):
     """How few directions vectors v (..., dim) spread in: 1 on a line, 1/2 in a plane, else less.
 
-    It is tr(C^2) / tr(C)^2 of their covariance C, the inverse of the participation ratio.
+    It is tr(C^2) / tr(C)^2 of their covariance C: the inverse of the participation ratio, which
+    is the effective number of directions.
     """
     with torch.autocast(v.device.type, enabled=False):
         v = v.float().flatten(0, -2)
@@ -261,7 +263,7 @@ class OurLatentActionModel(LatentActionModel):
         return x + unpatchify(change, self.patch, self.height, self.width)
 
     def error(self, y, x):
-        """How far predictions y of x_2..x_T are from clips x (B, T, H, W, C). 1: as copying.
+        """How far predictions y of x_2..x_T are from clips x. 1: no better than copying x_t.
 
         - border: nobody can know from the last frame what comes into view at the edges. If the
           error counted it, codes would be spent on it.
@@ -316,7 +318,7 @@ MODELS = dict(paper=LatentActionModel, ours=OurLatentActionModel)
 
 
 def build(recipe, **config):
-    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    """The model of a checkpoint. An unknown recipe, such as a lab model's name, is a KeyError."""
     return MODELS[recipe](**config)
 
 
@@ -407,9 +409,9 @@ def name_codes(a, pressed, same, codes):
     meaning: for each code the button that would most often have led to what the code was used for,
       pressed or not. Buttons that differ in less than 5 % of these uses are a tie, such as jump
       and none in mid-air, and the first of them wins.
-    keys: for each button the code that goes with it best, by the F-measure with beta = 1/2, in
-      which purity counts more (van Rijsbergen 1979). Only transitions count at which no other
-      button would have led to the same frame.
+    keys: for each button the code that goes with it best, by the F-measure with beta = 1/2, a mean
+      of precision and recall in which precision counts more (van Rijsbergen 1979). Only
+      transitions count at which no other button would have led to the same frame.
     """
     one_hot = np.eye(len(ACTIONS))
     table = totals(a, one_hot[pressed], codes)                      # (codes, 6)
@@ -429,7 +431,8 @@ def name_codes(a, pressed, same, codes):
 
 
 def score_actions(lam, args):
-    """Against the true buttons, where somebody knows them: action_accuracy, chance, nmi.
+    """Against the true buttons, where somebody knows them: action_accuracy, chance (that of the
+    best constant button), and nmi, the normalized mutual information of codes and buttons.
 
     Each code stands for a button (see name_codes). On held-out levels it is right when that button
     would have led the true game to the very same next frame. Returns the scores, and a table
@@ -479,7 +482,7 @@ def picture(lam, path, x, a, table):
     examples = 4
     before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
     moved = displacement(before, after).view(*a.shape, 2).float().cpu()     # (B, T-1, 2)
-    # a clip of up to three frames: its own codes, then in the last transition every code
+    # up to three frames of one clip, with their codes; only the last code is varied
     start = x[:1, :3].expand(K, -1, -1, -1, -1)
     every = torch.arange(K, device=a.device)[:, None]
     drawn = lam.decode(start, torch.cat([a[:1, :2].expand(K, -1), every], 1))[:, -1]

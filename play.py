@@ -106,7 +106,8 @@ class Game:
         for cache in (self.world.cache, self.decoder_cache):
             for kept in cache.keys + cache.values:
                 torch._dynamo.mark_static_address(kept)
-        # a pass is hundreds of small operations: on a GPU a CUDA graph launches them all at once
+        # a pass is hundreds of small operations: on a GPU a CUDA graph, which records them once,
+        # launches them all at once
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         how = dict(fullgraph=True, dynamic=False, mode=mode)
         self.dynamics.features = torch.compile(self.dynamics.features, **how)
@@ -159,8 +160,9 @@ class Game:
         (conformal prediction, Vovk et al. 2005). The likeliest code is never rare.
 
         What did the player mean? By Bayes' rule a code is as credible as its chance, times the
-        odds that a player who means it presses `code`. These odds are taken to be exp(2 cos),
-        with the cosine between the vectors of the two codes in the LAM's codebook.
+        likelihood that a player who means it presses `code`. This is taken to grow as exp(2 cos),
+        with the cosine between the vectors of the two codes in the LAM's codebook. (The 2 was
+        chosen on held-out levels, and so was the share, 0.02: lab/NOTES.md.)
 
         Without a prior (--recipe paper has none), and with least = 0, codes stay as pressed.
         """
@@ -170,12 +172,12 @@ class Game:
         world = self.world
         # how likely is each code to come next?
         likely = prior(world.last, world.before, world.action)[0, 0].softmax(-1)    # (codes,)
-        # how likely was it, at the least, when it came after the code played last?
+        # below what chance is it rare, after the code played last?
         floor = prior.quantiles[world.played[0], :, round(1000 * self.least)]       # (codes,)
         rare = (likely < floor) & (likely < likely.max())                           # (codes,)
         if not rare[code]:
             return code
-        # the most credible of the codes that are not rare, by log chance + log odds
+        # the most credible of the codes that are not rare, by log chance + log likelihood
         credible = likely.log() + self.similarity[code]                             # (codes,)
         return credible.masked_fill(rare, -math.inf).argmax().item()
 

@@ -88,7 +88,7 @@ def attention(q, k, v, mask=None):
     in tiles of 64 positions, which a window of 16 frames leaves mostly empty: hence the 64 below.
     On a CPU, and for short sequences, torch.compile makes the version by hand the faster one.
     """
-    # the norm of queries and keys leaves them in fp32 under autocast
+    # under autocast (16-bit floats where they do no harm) the norm leaves both in 32 bits
     q, k = q.to(v.dtype), k.to(v.dtype)
     if torch.compiler.is_compiling() and (q.device.type == "cpu" or q.size(-2) < 64):
         return attention_by_hand(q, k, v, mask)
@@ -96,10 +96,11 @@ def attention(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over one axis, with QK-norm.
+    """Multi-head self-attention over one axis, with QK-norm: queries and keys are normalized
+    before they are compared.
 
-    The paper uses QK-norm in the dynamics model (section 2.1). We use it in all three models.
-    Queries and keys share one norm.
+    The paper does so in the dynamics model (section 2.1). We do it in all three models. Queries
+    and keys share one norm.
     """
 
     def __init__(self, dim, heads):
@@ -143,12 +144,12 @@ class Attention(nn.Module):
 class STBlock(nn.Module):
     """Spatial attention, causal temporal attention, ONE feed-forward layer after both (section 2).
 
-    The paper leaves some things open. We use a layer norm before each part, and squared ReLU (So
-    et al. 2021). The feed-forward layer is `ffw` times D wide. The published numbers of parameters,
-    divided by layers and D^2, give 7 to 10 a block. Attention through space and through time takes
-    8 of these, and the feed-forward layer 2 * ffw. So --recipe paper uses ffw = 1, which makes
-    10. The usual ffw = 4 makes 16. --recipe ours uses it: at the small sizes there are only one
-    or two blocks, and most of what they can learn is in that layer.
+    The paper leaves some things open. We use a layer norm before each part, and squared ReLU,
+    max(0, x)^2 (So et al. 2021). The feed-forward layer is `ffw` times D wide. The published
+    numbers of parameters come to 7 to 10 D^2 a block. The two attentions take 8 D^2, and the
+    feed-forward layer takes 2 * ffw D^2. So --recipe paper uses ffw = 1, which makes 10. The usual
+    ffw = 4 makes 16. --recipe ours uses it: at the small sizes there are only one or two blocks,
+    and most of what they can learn is in that layer.
     """
 
     def __init__(self, dim, heads, window, ffw):
@@ -195,8 +196,8 @@ class STTransformer(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
         self.blocks = nn.ModuleList(STBlock(dim, heads, window, ffw) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
-        # torch's defaults, but what is added to the residual stream begins small, as in GPT-2:
-        # a block adds three times
+        # torch's defaults, except these: the weights of what a block adds to x begin small, as in
+        # GPT-2. A block adds three times
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))
@@ -306,7 +307,7 @@ class VectorQuantizer(nn.Module):
         """The index (...) of the code nearest to each vector of v (..., dim)."""
         e = self.codebook
         # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is alike for all codes.
-        # In fp32: of a thousand codes, bf16 would often take the wrong one
+        # In 32 bits: with 16, of a thousand codes the wrong one would often be taken
         with torch.autocast(v.device.type, enabled=False):
             length = (e * e).sum(-1)                                # (K,)
             distance = torch.addmm(length, v.float().flatten(0, -2), e.T, alpha=-2)
@@ -358,7 +359,7 @@ class OnlineKMeans(VectorQuantizer):
       noise. Noise matters: an exact copy of a live code would tie with it for ever.
     """
     decay = 0.98        # of the running means: they forget half in 34 steps
-    dead_below = 0.03   # a code is dead that has less than this part of its fair share of vectors
+    dead_below = 0.03   # a code with less than this part of its fair share of vectors is dead
     reborn = 0.2        # the part that a revived code begins with: time enough to prove itself
     noise = 0.05        # added to the vector that a dead code moves onto
 
@@ -410,25 +411,25 @@ class OnlineKMeans(VectorQuantizer):
         share = M / K * self.reborn
         self.mean_sum.copy_(torch.where(dead[:, None], fresh * share, self.mean_sum))
         self.mean_count.masked_fill_(dead, share)
-        # a code is the mean of its vectors (one that was never counted stays where it is)
+        # a code is the mean of its vectors (without revival, one that has none stays)
         used = self.mean_count[:, None] > 1e-6
         mean = self.mean_sum / self.mean_count[:, None].clamp(min=1e-9)
         self.codebook.copy_(torch.where(used, mean, self.codebook))
 
     @torch.no_grad()
     def restart(self, v, tries=16, rounds=30, better=0.97):
-        """Try k-means on vectors v (M, dim) from other beginnings; keep the best if it is better.
+        """Try k-means on vectors v (M, dim) from other starting points; keep the best if better.
 
         Online k-means ends in the local minimum that it began near: two codes may share one thing
         while one code stands for two. The codebook moves only if the mean squared distance falls
         by 3 % or more. Returns the distance that k-means reaches from the present codebook, and
-        the best that it reaches from other beginnings. It draws nothing from torch's global
-        generator.
+        the best that it reaches from `tries` other starting points, in so many rounds that
+        more change nothing. It draws nothing from torch's global generator.
         """
         v = self.norm(v)
         K = len(self.codebook)
         generator = torch.Generator(v.device).manual_seed(0)
-        # where would the present codebook end, and where do other beginnings end?
+        # where would the present codebook end, and where do other starting points end?
         mine, _, _ = kmeans(v, self.codebook, rounds)
         best = math.inf
         for _ in range(tries):
@@ -447,7 +448,7 @@ def kmeans_plus_plus(v, K, generator):
     """K of the vectors v (M, dim) to begin k-means with (Arthur & Vassilvitskii 2007): (K, dim)."""
     e = v[torch.randint(len(v), (1,), generator=generator, device=v.device)]
     while len(e) < K:
-        # a vector is drawn with a chance that grows with its distance from those drawn before
+        # a vector is drawn with a chance proportional to its squared distance from those before
         far = torch.cdist(v, e).amin(1).square()                    # (M,)
         # of fewer than K different vectors, any will do
         if far.sum() == 0:
@@ -589,7 +590,7 @@ def find_device(name):
 
 
 def settle(args, stage):
-    """Fill in what the user left open: device, folder, recipe, size, and every knob of these.
+    """Fill in what the user left open: device, folder, recipe, size, and every knob at these.
 
     With --resume they come from the checkpoint. Under torchrun it joins the processes.
     """
@@ -614,6 +615,7 @@ def settle(args, stage):
     # every step has a seed of its own, of 64 bits: see Run
     if abs(args.seed) > 10 ** 9:
         stop(f"--seed {args.seed} is too large; at most a billion")
+    # rotary embedding turns pairs, so the width of a head is even
     if args.dim % (2 * args.heads):
         stop(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}")
     if stage != "tokenizer" and args.frames < 2:
@@ -784,7 +786,7 @@ def check_compiler(args):
 
 
 def prepare(model, args):
-    """Make the ST blocks of a model fast: compiled, in bf16 on a GPU, or saving memory.
+    """Prepare the ST blocks of a model: compiled, in bf16 on a GPU, saving memory, as --flags say.
 
     Blocks are compiled one by one. They share one graph, so this takes a third of the time that
     the whole model takes, and brings nearly as much.
@@ -873,7 +875,7 @@ class Run:
         self.seconds = 0.0          # of training, in earlier sittings
         self.began = None           # when this sitting began
         self.curve = []             # [step, training loss, held-out loss]
-        self.recent = []            # training losses since the last point of the curve
+        self.recent = []            # training losses that were shown since the last point of it
         self.replaced = args.resume # has the file of an earlier run been set aside?
         if args.resume:
             self.resume()
@@ -910,6 +912,7 @@ class Run:
                         disable=args.rank > 0, mininterval=1, dynamic_ncols=True)
         self.on_ctrl_c(self.ask_to_stop)
         for step in range(self.first, args.steps):
+            # no two steps, and no two processes, share a seed
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
             yield step
             self.bar.update()
@@ -964,7 +967,7 @@ class Run:
         if self.bar:
             self.bar.set_postfix(shown)
         self.recent.append(value)
-        # about twenty points of the curve in a run
+        # twenty to forty points of the curve in a run
         every = max(20, self.args.steps // 400 * 20)
         if self.args.rank == 0 and (step % every == 0 or last):
             training_loss = sum(self.recent) / len(self.recent)
@@ -984,7 +987,7 @@ class Run:
         return loss
 
     def save(self, step):
-        """Write the checkpoint, and with it that of a model trained beside: both or neither."""
+        """Write the checkpoint, and with it that of a model that is trained beside it."""
         runs = [self]
         if self.beside:
             self.beside.began = self.began
@@ -1057,7 +1060,7 @@ def to_bytes(image):
 
 
 def save_picture(path, clips, title):
-    """Write clips, each (T, H, W, C) in [0, 1], as a PNG: a row of frames for each clip."""
+    """Write clips, each (T, H, W, C) in [0, 1], as a PNG twice as large: a row for each clip."""
     import imageio.v2 as imageio
     rows = [torch.hstack(list(clip)) for clip in clips]             # (H, T * W, C) each
     pixels = to_bytes(torch.vstack(rows).cpu()).repeat(2, 0).repeat(2, 1)

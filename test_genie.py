@@ -313,15 +313,6 @@ def test_the_error_of_the_lam_is_that_of_the_next_frame(recipe):
     assert m.error(x[:, :-1], x) > 0.01
 
 
-@torch.no_grad()
-def test_our_lam_reads_nothing_where_nothing_happens():
-    """Its two readings cancel, whatever the frames show: standing still has one code."""
-    m = small_lam("ours")
-    x = torch.rand(3, 1, 32, 32, 3).expand(-1, 4, -1, -1, -1)
-    assert m.features(x).abs().max() < 1e-5
-    assert len(m.encode(x).unique()) == 1
-
-
 # ------------------------------------------------------------------------------- the dynamics
 
 # Section 2.1, ST-MaskGIT. Tokens of frames 2 to T are masked, at a rate that is drawn for each clip
@@ -394,6 +385,21 @@ def test_the_loss_asks_for_what_is_hidden_and_for_nothing_else(recipe):
     assert torch.equal(seen, ~asked), "a token was both seen and asked for, or neither"
 
 
+@both_recipes
+def test_what_is_masked_cannot_be_read_anywhere(recipe):
+    """Change one token of the last frame. Where it was masked, the model cannot tell."""
+    m = small_dynamics(recipe)
+    z = torch.randint(24, (1, 4, 16))
+    a = torch.randint(8, (1, 3))
+    before = output_of(m.transformer, m, z, a)
+    unnoticed = 0
+    for place in range(16):
+        w = z.clone()
+        w[0, 3, place] = (z[0, 3, place] + 1) % 24
+        unnoticed += torch.equal(output_of(m.transformer, m, w, a), before)
+    assert 4 <= unnoticed < 16, f"{unnoticed} of 16 tokens went unnoticed, half or more are masked"
+
+
 def test_our_noise_puts_wrong_tokens_among_those_that_are_given():
     """Tokens from 64 on are not in the clips. By noise the model sees some of them."""
     seen, _ = seen_and_asked("ours", vocabulary=128, clips=8, noise=1.0)
@@ -448,12 +454,6 @@ def test_temperature_divides_logits(temperature):
     assert (share - (logits / temperature).softmax(-1)).abs().max() < 0.04
 
 
-def test_temperature_zero_takes_the_likeliest():
-    logits = torch.randn(64, 10)
-    z = dyn.maskgit(stand_in(logits), 20, 64, 10, steps=3, temperature=0.0)
-    assert torch.equal(z, logits.argmax(-1).expand(20, 1, 64))
-
-
 def test_each_step_sees_what_the_steps_before_it_drew():
     """Tokens that must all agree cannot when drawn at once, and do when drawn in turn."""
     def agree(z, place):
@@ -469,17 +469,6 @@ def test_each_step_sees_what_the_steps_before_it_drew():
 
     assert variety(1) > 8
     assert variety(64) < 2
-
-
-def test_confidence_draws_the_surest_first():
-    """Along this frame the model grows ever surer, so it is filled from its end."""
-    torch.manual_seed(0)
-    logits = torch.zeros(64, 10)
-    logits[:, 3] = torch.linspace(0, 12, 64)
-    film = []
-    dyn.maskgit(stand_in(logits), 1, 64, 10, steps=8, order="confidence", film=film)
-    first = (film[1][0, 0] != 10).nonzero()
-    assert first.float().mean() > 45
 
 
 # ------------------------------------------------------------------------------- cache and rollout
@@ -599,21 +588,6 @@ def test_one_frame_does_not_show_the_momentum():
     assert not np.array_equal(future, other_future)
 
 
-def test_recorded_buttons_and_what_others_would_have_done():
-    """The buttons of a video replay it, and `same` says which others would have, too."""
-    video, buttons, same = data.play_episode(11, 60)
-    game = data.Platformer(11)
-    for t in range(59):
-        before = game.save()
-        for button in range(6):
-            game.restore(before)
-            game.step(button)
-            assert np.array_equal(game.frame(), video[t + 1]) == same[t, button]
-        game.restore(before)
-        game.step(buttons[t])
-    assert (~same).any(1).mean() > 0.95, "buttons hardly matter"
-
-
 def test_clips_never_cross_an_episode(platformer):
     """The episodes have 80 frames. Every clip that fits is there, and begins where it says."""
     clips = data.Clips(platformer / "data/platformer", "train", 16)
@@ -722,9 +696,9 @@ def test_no_training_code_opens_the_true_actions(recipe, few, tmp_path):
                                            (lam_stage, "ours")])
 def test_interrupted_and_resumed_is_bit_identical(stage, recipe, few, tmp_path, monkeypatch):
     """Ctrl-C, --resume, and weights and optimizer equal those of a run that nobody interrupted."""
-    # what ours changes on the way happens before the interruption, and once more after it
+    # what ours changes on the way: the error in step 4, before the interruption, codes in step 8
     monkeypatch.setitem(lam_stage.ROOT_FROM, "test", 0.3)
-    monkeypatch.setitem(lam_stage.RESTART, "test", 0.4)
+    monkeypatch.setitem(lam_stage.RESTART, "test", 0.7)
 
     class Interrupted(st.Run):
         def log(self, step, *args, **kwargs):
@@ -749,14 +723,13 @@ def test_interrupted_and_resumed_is_bit_identical(stage, recipe, few, tmp_path, 
 @both_recipes
 def test_cotraining_stops_the_gradient_at_the_actions(recipe, few, tmp_path):
     """Whatever the dynamics learns, the LAM beside it comes out the same, to the bit."""
+    flags = [*few, "--recipe", recipe, "--run", str(tmp_path)]
+    tok.main(flags)
     lams = []
     for lr in ("3e-3", "1e-5"):
-        folder = tmp_path / lr
-        flags = [*few, "--recipe", recipe, "--run", str(folder)]
-        tok.main(flags)
         dyn.main([*flags, "--cotrain", "--lr", lr])
-        lams.append(checkpoint(folder, "lam"))
-        assert checkpoint(folder, "dynamics")["origin"]["lam"] == lams[-1]["fingerprint"]
+        lams.append(checkpoint(tmp_path, "lam"))
+        assert checkpoint(tmp_path, "dynamics")["origin"]["lam"] == lams[-1]["fingerprint"]
     assert lams[0]["step"] == 12
     assert lams[0]["fingerprint"] == lams[1]["fingerprint"], "the dynamics' loss reached the LAM"
 
@@ -824,15 +797,16 @@ def test_every_stage_leaves_weights_scores_and_a_picture(world, stage):
     assert training[-1] < training[0] and held_out[-1] < held_out[0]
 
 
-def test_recipe_paper_runs_from_end_to_end(platformer):
+def test_recipe_paper_runs_from_end_to_end(tmp_path):
     """A few steps of each stage. All is written, and it can be played, without a prior."""
-    few = ["--device", "cpu", "--size", "test", "--recipe", "paper", "--run", "runs/paper",
-           "--steps", "4", "--batch", "2", "--scored", "8"]
-    with inside(platformer):
+    few = ["--device", "cpu", "--size", "test", "--recipe", "paper", "--steps", "4", "--batch", "2",
+           "--scored", "8"]
+    with inside(tmp_path):
+        data.main(["--episodes", "2", "--frames", "40"])
         tok.main(few)
         lam_stage.main(few)
         dyn.main([*few, "--maskgit", "2"])
-    folder = platformer / "runs/paper"
+    folder = tmp_path / "runs/platformer"
     for stage in ("tokenizer", "lam", "dynamics"):
         for kind in ("pt", "json", "png"):
             assert (folder / f"{stage}.{kind}").stat().st_size > 500

@@ -1,4 +1,4 @@
-"""Train stage 1, the video tokenizer (ST-ViViT, section 2.1): frames <-> discrete tokens.
+"""Train stage 1, the video tokenizer (section 2.1, there ST-ViViT): frames <-> discrete tokens.
 
     python tokenizer.py                      # data/platformer -> runs/platformer/tokenizer.pt
     python tokenizer.py --data data/mine     # your own videos -> runs/mine/tokenizer.pt
@@ -6,8 +6,8 @@
 
 It is a VQ-VAE. The encoder turns each patch of a frame into a vector. The quantizer replaces the
 vector by the index of the nearest code: the patch's token. The decoder turns tokens back into
-pixels. Encoder and decoder are causal ST-transformers: token z_t knows x_1..x_t, and frame t is
-decoded from z_1..z_t. The later stages see tokens only.
+pixels. Encoder and decoder are causal ST-transformers: the tokens z_t of frame t know x_1..x_t, and
+frame t is decoded from z_1..z_t. The later stages see tokens only.
 """
 import math
 
@@ -132,7 +132,7 @@ MODELS = dict(paper=Tokenizer, ours=OurTokenizer)
 
 
 def build(recipe, **config):
-    """The model of a checkpoint. An unknown recipe, as that of a lab's model, is a KeyError."""
+    """The model of a checkpoint. An unknown recipe, such as a lab model's name, is a KeyError."""
     return MODELS[recipe](**config)
 
 
@@ -149,10 +149,11 @@ def tokens_of(tokenizer, clips, batch=16):
 def evaluate(tokenizer, args):
     """Held-out levels: psnr beside copy_psnr, and how much of the vocabulary is in use.
 
-    Writes tokenizer.png.
+    psnr: of the reconstruction. psnr_frame_1: of first frames, which have no past. copy_psnr: if
+    the last frame were shown again. token_perplexity: see `perplexity`. Writes tokenizer.png.
     """
     tokenizer.eval()
-    # longer than the clips of training, where these have fewer frames: tokens must not decay
+    # longer than the clips of training may be: do tokens get worse with time?
     valid = Clips(args.data, "valid", 16, args.device)
     x = valid.at(valid.spread(args.scored))                         # (B, 16, H, W, C)
     z = tokens_of(tokenizer, x)                                     # (B, 16, N)

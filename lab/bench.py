@@ -248,8 +248,13 @@ def bench_play(models, size, device, compile="off", steps=(1, 4, 8, 25), lengths
     game.reset(*next(supply))
     about = dict(size=size, recipe=recipe, device=str(device), threads=torch.get_num_threads(),
                  compile=compile)
+    bench_cache(game, recipe, steps, about)
+    bench_window(game, supply, about)
+    bench_growth(game, lengths, about)
 
-    # with the cache and without
+
+def bench_cache(game, recipe, steps, about):
+    """Print a row for each number of MaskGIT steps: frames/s with the cache and without."""
     rollout = dynamics_stage.rollout_ours if recipe == "ours" else dynamics_stage.rollout
     usual = game.world.steps
     for n in steps:
@@ -264,40 +269,13 @@ def bench_play(models, size, device, compile="off", steps=(1, 4, 8, 25), lengths
                   **about)
     game.world.steps = usual
 
-    # with the window, off screen
-    plt = pyplot_for_files()
-    window = Window(game, supply, fps=10, folder=None)
-    window.figure.canvas.draw()
-    window.held["1"] = True
-    drawn = seconds(window.tick, 20)
-    pixels = "x".join(str(n) for n in window.figure.canvas.get_width_height())
-    plt.close(window.figure)
-    print_row(stage="play", maskgit_steps=usual, frames_per_second_drawn=round(1 / drawn, 1),
-              pixels=pixels, **about)
-
-    # as the session grows
-    def press():
-        game.press(0)
-
-    game.restart()
-    took = seconds(press, 3)
-    for length in lengths:
-        if length * took > 600:
-            break
-        for _ in tqdm(range(game.count, length), desc="playing on", disable=length < 1000,
-                      dynamic_ncols=True):
-            press()
-        print_row(stage="play", maskgit_steps=usual, after_frames=length,
-                  milliseconds_per_frame=round(1000 * seconds(press, 20), 2),
-                  memory_gb=memory(device), **about)
-
 
 @torch.inference_mode()
 def time_frame(game, rollout):
     """The seconds that a frame takes: with the cache, its decoding alone, and without the cache.
 
     Without the cache, `rollout` and the decoder compute the whole window of frames anew. The three
-    are timed in turns, for machines have moods.
+    are timed in turns, because the speed of a shared machine changes by the minute.
     """
     d = game.dynamics
     world = game.world
@@ -315,11 +293,43 @@ def time_frame(game, rollout):
         z = rollout(d, past, codes, steps=world.steps, temperature=world.temperature)
         return game.tokenizer.decode(z)[0, -1].cpu()
 
-    # a large model takes minutes: then once has to do
+    # of a large model, once has to do
     rows = [[seconds(press, 1), seconds(decode, 1), seconds(whole, 1)]]
     if rows[0][-1] < 1:
         rows = [[seconds(press, 9), seconds(decode, 9), seconds(whole, 3)] for _ in range(5)]
     return np.median(rows, 0).tolist()
+
+
+def bench_window(game, supply, about):
+    """Print a row: frames/s with the window of play.py, which is drawn off screen."""
+    plt = pyplot_for_files()
+    window = Window(game, supply, fps=10, folder=None)
+    window.figure.canvas.draw()
+    # a key is held down, and each beat of the clock plays a frame
+    window.held["1"] = True
+    drawn = seconds(window.tick, 20)
+    pixels = "x".join(str(n) for n in window.figure.canvas.get_width_height())
+    plt.close(window.figure)
+    print_row(stage="play", maskgit_steps=game.world.steps,
+              frames_per_second_drawn=round(1 / drawn, 1), pixels=pixels, **about)
+
+
+def bench_growth(game, lengths, about):
+    """Print a row for each length: what a frame costs after so many others."""
+    def press():
+        game.press(0)
+
+    game.restart()
+    took = seconds(press, 3)
+    for length in lengths:
+        if length * took > 600:
+            break
+        for _ in tqdm(range(game.count, length), desc="playing on", disable=length < 1000,
+                      dynamic_ncols=True):
+            press()
+        print_row(stage="play", maskgit_steps=game.world.steps, after_frames=length,
+                  milliseconds_per_frame=round(1000 * seconds(press, 20), 2),
+                  memory_gb=memory(game.device), **about)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -333,14 +343,14 @@ def main(argv=None):
     p.add_argument("--recipe", choices=RECIPES, help="default: ours")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                   help="torch.compile (auto: in training as there, in play off)")
+                   help="torch.compile (auto: training compiles as usual, play does not)")
     p.add_argument("--only", nargs="+", choices=every, default=every, metavar="WHAT",
                    help="some of: " + ", ".join(every))
     p.add_argument("--run", type=Path,
                    help="play the world of this folder, instead of an untrained one; no training")
     p.add_argument("--batch", type=int, help="clips in a step of training, instead of the usual")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
-                   help="as in training")
+                   help="in training, see the help of a stage")
     args = p.parse_args(argv)
     if args.run and (args.size or args.recipe or args.only != every):
         stop("--run plays a world of a size and a recipe of its own; leave out --size, --recipe "

@@ -2,7 +2,6 @@
 
     python -m lab.export --run runs/platformer --to my_world
     python play.py --run my_world          # who has the folder plays it like any other
-    python -m lab.export --run runs/platformer --to assets   # the world that ships is made so
 
 The folder gets the tokenizer and the dynamics in half precision, without their optimizers, and the
 scores of all three stages, which say what the codes mean. Of the LAM only the codebook is needed,
@@ -63,8 +62,8 @@ def export(run, to):
             files.append((to / path.name, writing(path.read_bytes())))
     (path, write), *more = files
     write_atomically(path, write, *more)
-    for path, _ in files:
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    size = sum(path.stat().st_size for path, _ in files)
+    print(f"{to}: {len(files)} files, {size / 1e6:.1f} MB")
 
 
 def saving(ckpt):

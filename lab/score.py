@@ -4,13 +4,12 @@
     python -m lab.score --data data/mine         # the world that was trained on your own videos
     python -m lab.score --run assets             # the world that ships
     python -m lab.score --only arrows hero       # some of the scores, see --only
-    python -m lab.score --prompts 20             # a first impression, in a tenth of the time
+    python -m lab.score --prompts 20             # fewer starting frames, for a first impression
 
 It prints one table and writes it to scores.json. A score that the world cannot have is named on
 stderr, with the reason. Each score begins with the same random numbers, so it is the same alone
 and among others. The world is sampled as play.py samples it, unless the flags say otherwise.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import play
 from data import ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, displacement, psnr
 from dynamics import SAMPLING, delta_psnr
 from lab.fvd import score_fvd
-from st_block import (check_writable, command, find_device, fingerprint, load_model, stop,
-                      write_json)
+from st_block import (check_writable, command, find_device, fingerprint, load_model, new_parser,
+                      stop, write_json)
 
 # all scores, in the order of the table
 NAMES = ("stages", "delta", "counterfactual", "arrows", "fvd", "hero")
@@ -306,9 +305,7 @@ def measure(name, game, lam, sampling, args):
 
 def read_arguments(argv):
     """The command line as a namespace. Ends with one sentence if it makes no sense."""
-    p = argparse.ArgumentParser(prog="python -m lab.score", description=__doc__,
-                                usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument
     ours = SAMPLING["ours"]
     paper = SAMPLING["paper"]
@@ -360,12 +357,9 @@ def main(argv=None):
     args = read_arguments(argv)
     wanted = [name for name in NAMES if name in (args.only or NAMES)]
 
-    # a LAM first: building it takes random numbers, and scores must not depend on whether it is
-    # there
     lam = None
     if {"delta", "fvd"} & set(wanted) and (args.run / "lam.pt").exists():
         lam = load_lam(args.run, args.device)
-    torch.manual_seed(0)
     models = play.load(args.run, args.device)
     recipe = models[-1]
     asked = dict(steps=args.maskgit, temperature=args.temperature, order=args.order)
@@ -391,10 +385,9 @@ def main(argv=None):
         result["prompts"] = args.prompts
     for name in possible:
         # a game of its own, and the same random numbers as all the others have
-        on_gpu = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(on_gpu):
-            game = play.Game(models, args.device, args.least, **sampling)
-            result |= measure(name, game, lam, sampling, args)
+        torch.manual_seed(0)
+        game = play.Game(models, args.device, args.least, **sampling)
+        result |= measure(name, game, lam, sampling, args)
 
     for name, value in result.items():
         print(f"{name:>32}  {round(value, 3) if isinstance(value, float) else value}")

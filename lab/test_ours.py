@@ -142,6 +142,15 @@ def test_tokenizer_error_is_in_units_of_the_variance():
 
 
 @torch.no_grad()
+def test_the_lam_reads_nothing_where_nothing_happens():
+    """Its two readings cancel, whatever the frames show: standing still has one code."""
+    m = small_lam("ours")
+    x = torch.rand(3, 1, 32, 32, 3).expand(-1, 4, -1, -1, -1)
+    assert m.features(x).abs().max() < 1e-5
+    assert len(m.encode(x).unique()) == 1
+
+
+@torch.no_grad()
 def test_a_negative_reads_like_the_picture():
     """By motion energy a code means the same on light levels and on dark ones."""
     m = small_lam("ours")
@@ -249,6 +258,26 @@ def test_the_canvas_shows_what_was_in_a_place_and_around_it():
     assert torch.equal(shows, expected)
 
 
+def test_sampling_by_confidence_draws_the_surest_first():
+    """Along this frame the model grows ever surer, so it is filled from its end."""
+    torch.manual_seed(0)
+    logits = torch.zeros(64, 10)
+    logits[:, 3] = torch.linspace(0, 12, 64)
+    film = []
+
+    def predict(z, place):
+        return logits[None, None].take_along_dim(place.unsqueeze(-1), 2)
+
+    dyn.maskgit(predict, 1, 64, 10, steps=8, order="confidence", film=film)
+    first = (film[1][0, 0] != 10).nonzero()
+    assert first.float().mean() > 45
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(100, 10)
+    assert torch.equal(dyn.sample(logits, 0.0), logits.argmax(-1))
+
+
 # ------------------------------------------------------------------------------- the prior
 
 
@@ -354,6 +383,21 @@ def test_quantiles_tell_what_is_rare():
 
 
 # ------------------------------------------------------------------------------- game and scores
+
+
+def test_recorded_buttons_and_what_others_would_have_done():
+    """The buttons of a video replay it, and `same` says which others would have, too."""
+    video, buttons, same = data.play_episode(11, 60)
+    game = data.Platformer(11)
+    for t in range(59):
+        before = game.save()
+        for button in range(6):
+            game.restore(before)
+            game.step(button)
+            assert np.array_equal(game.frame(), video[t + 1]) == same[t, button]
+        game.restore(before)
+        game.step(buttons[t])
+    assert (~same).any(1).mean() > 0.95, "buttons hardly matter"
 
 
 def test_videos_show_what_a_wall_is():

@@ -107,7 +107,7 @@ def test_who_stands_still_because_no_button_says_otherwise_is_at_no_wall(supply)
     assert right.all()
     assert not wall.any()
     # run to the left until the end of the level, which is a wall
-    left = np.ones(300, int)
+    left = np.ones(120, int)
     right, wall = score.play_beside(world, left)
     assert right.all()
     assert wall[-1]
