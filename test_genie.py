@@ -723,15 +723,24 @@ def test_interrupted_and_resumed_is_bit_identical(stage, recipe, few, tmp_path, 
 @both_recipes
 def test_cotraining_stops_the_gradient_at_the_actions(recipe, few, tmp_path):
     """Whatever the dynamics learns, the LAM beside it comes out the same, to the bit."""
+    models = []
+
+    class Kept(dyn.MODELS[recipe]):
+        def __init__(self, **config):
+            super().__init__(**config)
+            models.append(self)
+
     flags = [*few, "--recipe", recipe, "--run", str(tmp_path)]
     tok.main(flags)
     lams = []
     for lr in ("3e-3", "1e-5"):
-        dyn.main([*flags, "--cotrain", "--lr", lr])
+        dyn.main([*flags, "--cotrain", "--lr", lr], model_class=Kept)
         lams.append(checkpoint(tmp_path, "lam"))
         assert checkpoint(tmp_path, "dynamics")["origin"]["lam"] == lams[-1]["fingerprint"]
     assert lams[0]["step"] == 12
     assert lams[0]["fingerprint"] == lams[1]["fingerprint"], "the dynamics' loss reached the LAM"
+    for model in models:
+        assert not model.codebook.requires_grad, "a gradient leads from the dynamics to the LAM"
 
 
 # ------------------------------------------------------------------------------- the prior
