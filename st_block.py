@@ -1043,6 +1043,8 @@ class Run:
         write_json(path, scores | about)
         print(f"{self.seconds / 60:.1f} minutes of training, {parameters / 1e6:.1f}M parameters; "
               f"scores in {path}")
+        # Ctrl-C means again what it meant before
+        self.on_ctrl_c(signal.default_int_handler)
 
 
 # ------------------------------------------------------------------------------- pictures
