@@ -11,7 +11,6 @@ play, frames are drawn with the cache and without, the cost of the window is mea
 a frame costs more after 2,000 others. memory_gb is the peak of the process: on a CPU, use --only
 to have that of one stage.
 """
-import argparse
 import contextlib
 import gc
 import itertools
@@ -34,7 +33,7 @@ import tokenizer as tokenizer_stage
 from data import build_platformer
 from play import Game, Window, load, read_scores, starts
 from st_block import (RECIPES, SIZES, Run, autocast, check_compiler, command, find_device, memory,
-                      parser, pyplot_for_files, schedule, settle, stop)
+                      new_parser, parser, pyplot_for_files, settle, stop)
 
 STAGES = dict(tokenizer=tokenizer_stage, lam=lam_stage, dynamics=dynamics_stage)
 
@@ -129,7 +128,6 @@ class BenchRun(Run):
                  self.optimizer.register_step_post_hook(mark)]
         phases = []
         for step in tqdm(range(WARM + TIMED), desc=self.stage, dynamic_ncols=True):
-            schedule(self.optimizer, step, self.args)
             marks.clear()
             mark()
             yield step
@@ -337,8 +335,7 @@ def bench_growth(game, lengths, about):
 
 def main(argv=None):
     every = [*STAGES, "play"]
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     p.add_argument("--size", choices=SIZES, help="default: gpu with CUDA, else laptop")
     p.add_argument("--recipe", choices=RECIPES, help="default: ours")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")

@@ -7,13 +7,12 @@ The folder gets the tokenizer and the dynamics in half precision, without their 
 scores of all three stages, which say what the codes mean. Of the LAM only the codebook is needed,
 and the dynamics has a copy. The files are written all together, or none is.
 """
-import argparse
 from pathlib import Path
 
 import torch
 
 from play import load
-from st_block import command, read_checkpoint, stop, write_atomically
+from st_block import command, new_parser, read_checkpoint, stop, write_atomically
 
 STAGES = ("tokenizer", "lam", "dynamics")
 
@@ -81,8 +80,7 @@ def writing(data):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     p.add_argument("--run", type=Path, required=True, help="the folder of a trained world")
     p.add_argument("--to", type=Path, required=True, help="the folder to write to")
     args = p.parse_args(argv)

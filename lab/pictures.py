@@ -9,7 +9,6 @@ first two is delta_t PSNR (section 3, Metrics). maskgit.gif shows how MaskGIT fi
 of a frame, step by step. Both go to the folder of the world, which must have tokenizer.pt, lam.pt
 and dynamics.pt. The world is sampled as play.py samples it, unless the flags say otherwise.
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ import play
 from data import Clips
 from dynamics import SAMPLING, delta_psnr, new_world
 from lab.score import check_lam, load_lam
-from st_block import (check_writable, command, find_device, patchify, pyplot_for_files,
-                      save_figure, stop, unpatchify, write_gif)
+from st_block import (check_writable, command, find_device, new_parser, patchify,
+                      pyplot_for_files, save_figure, stop, unpatchify, write_gif)
 
 # the curves of delta_psnr.png: what they are called, and how they are drawn
 CURVES = (
@@ -108,9 +107,7 @@ def with_holes(tokenizer, past, draft, MASK):
 
 def read_arguments(argv):
     """The command line as a namespace. Ends with one sentence if it makes no sense."""
-    p = argparse.ArgumentParser(prog="python -m lab.pictures", description=__doc__,
-                                usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = new_parser(__doc__)
     add = p.add_argument
     add("--data", type=Path, default=Path("data/platformer"),
         help="the data that the world was trained on (default: %(default)s)")
