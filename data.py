@@ -6,7 +6,9 @@
 
 Genie was trained on 16-frame clips of platform games, at 10 frames/s (section 3). The built-in game
 gives such clips, of 64x64 pixels. A data set is a folder of these files:
-    train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end
+    train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end: to train on, and
+                          held out to choose by
+    test.u8               built-in game only: held out to report by; nothing is ever chosen on it
     meta.json             frame size, frames per second, length of every episode, source
     true_actions.npz      built-in game only: the buttons that the player really pressed
 No training code opens true_actions.npz. It serves to score what was discovered without it, and to
@@ -49,7 +51,9 @@ GRAVITY = 2             # gain of speed downwards, pixels per frame and frame
 FALL = 8                # top speed downwards, pixels per frame
 
 LEVELS = 1_000_000      # levels of a --seed: 0 has seeds 0 to 999,999, 1 has the next million
-FIRST_VALID = 500_000   # the first of them that is held out; those before it are trained on
+# The first level of each kind: to train on, to choose by, and to report by. Nothing is chosen on
+# the last kind, so that its scores are not those of a lucky choice.
+FIRST = dict(train=0, valid=500_000, test=750_000)
 
 # the colours of a level, each (red, green, blue); a pit holds water or lava
 Look = namedtuple("Look", "sky_high sky_low hill turf soil shade brick mortar pit player face")
@@ -440,13 +444,14 @@ def build_platformer(root, episodes, frames, seed, overwrite):
     """Make a data set of the built-in game: `episodes` training levels of `frames` frames each."""
     def fill(folder):
         held_out = max(6, episodes // 20)
-        first = seed * LEVELS
-        train = play_levels(folder, "train", range(first, first + episodes), frames)
-        first += FIRST_VALID
-        valid = play_levels(folder, "valid", range(first, first + held_out), frames)
-        np.savez_compressed(folder / "true_actions.npz", **train, **valid)
-        print_buttons(train["train_action"], train["train_same"])
-        lengths = dict(train=[frames] * episodes, valid=[frames] * held_out)
+        levels = dict(train=episodes, valid=held_out, test=held_out)
+        true = {}
+        for split, n in levels.items():
+            first = seed * LEVELS + FIRST[split]
+            true |= play_levels(folder, split, range(first, first + n), frames)
+        np.savez_compressed(folder / "true_actions.npz", **true)
+        print_buttons(true["train_action"], true["train_same"])
+        lengths = {split: [frames] * n for split, n in levels.items()}
         return dict(frame=[VIEW, VIEW, 3], fps=10, episodes=lengths)
 
     build(root, overwrite, dict(source=f"platformer, seed {seed}"), fill)
@@ -596,7 +601,7 @@ class Clips:
     """
 
     def __init__(self, root, split, T, device="cpu"):
-        """Opens a split ("train", "valid") of the folder `root`, for clips on `device`.
+        """Opens a split ("train", "valid", "test") of the folder `root`, for clips on `device`.
 
         Ends with one sentence if that is no data set, a damaged one, or one without such clips.
         """
@@ -672,6 +677,11 @@ class Clips:
             starts.append([last])
         return np.concatenate(starts)
 
+    def levels(self, starts):
+        """The episode that each clip is from, by its start: (B,) integers."""
+        ends = np.cumsum(self.meta["episodes"][self.path.stem])
+        return np.searchsorted(ends, starts, side="right")
+
     def spread(self, n):
         """The starts of n clips spread evenly over the split, or of all if there are fewer."""
         places = np.linspace(0, len(self.starts) - 1, n).astype(int)
@@ -696,6 +706,19 @@ def true_actions(root, split):
     except Exception as e:
         # numpy raises half a dozen types, as the damage may be
         stop(f"{path} is damaged ({type(e).__name__}); {AGAIN}")
+
+
+def standard_error(values, levels):
+    """The standard error of the mean of values (n,), which come from levels (n,), a float.
+
+    What happens in one level is alike. So it is the levels that count, not the values: it is the
+    spread of their means. A single level tells nothing: nan.
+    """
+    values = np.asarray(values, float)
+    means = np.array([values[levels == level].mean() for level in np.unique(levels)])
+    if len(means) < 2:
+        return float("nan")
+    return float(means.std(ddof=1) / len(means) ** 0.5)
 
 
 def psnr(a, b):

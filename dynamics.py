@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import lam as lam_stage
 import tokenizer as tokenizer_stage
-from data import Clips, psnr
+from data import Clips, psnr, standard_error
 from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model,
                       make_optimizer, parallel, parser, patchify, perplexity, prepare,
                       read_checkpoint, save_picture, schedule, settle, stop, write_atomically)
@@ -52,7 +52,7 @@ PAPER = dict(
 MODEL = ("dim", "layers", "heads")
 # How play.py samples the worlds of each recipe, unless its flags say otherwise. (The scores of a
 # training take fewer steps at size laptop, to be quick, and no temperature, to have less noise.)
-SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.5))
+SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.0))
 
 
 # ------------------------------------------------------------------------------- the paper's model
@@ -202,6 +202,9 @@ def rollout(dynamics, z, a, **sampling):
 NOISE = dict(test=0.1, laptop=0.3, gpu=0.1, coinrun=0.1)
 # training steps of the prior, of 64 clips each
 PRIOR_STEPS = dict(test=200, laptop=2500, gpu=2500, coinrun=2500)
+# Which share of the places where a code can come count as rare, see floor_of. With less, fewer keys
+# are stopped at walls. With more, more of those that could be obeyed are.
+RARE = 0.1
 
 
 class OurDynamics(Dynamics):
@@ -422,8 +425,8 @@ class Prior(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.around = Neighbours(rows, columns, dim)
         self.head = nn.Linear(rows * columns * dim, codes)
-        # how surely each code was expected when it came after each other code, see quantiles_of
-        self.register_buffer("quantiles", torch.zeros(codes + 1, codes, 101))
+        # below what chance each code is rare, after each code that came before it: see floor_of
+        self.register_buffer("floor", torch.zeros(codes + 1, codes))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -509,21 +512,23 @@ def learn_prior(dynamics, tokens, actions, clips, args):
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     prior.requires_grad_(False)
-    prior.quantiles.copy_(quantiles_of(dynamics, tokens, actions, kept, args.frames))
+    prior.floor.copy_(floor_of(dynamics, tokens, actions, kept, args.frames))
 
 
 @torch.no_grad()
-def quantiles_of(dynamics, tokens, actions, starts, frames):
-    """How surely did the prior expect each code when it came, after each code before it?
+def floor_of(dynamics, tokens, actions, starts, frames):
+    """Below what chance is a code rare, after each code before it? Returns (codes + 1, codes).
 
-    Returns (codes + 1, codes, 101). Entry s of (last, code) is the s/1000 quantile of the
-    probability that the prior gave to `code`, over the moments when it followed `last` (conformal
-    prediction, Vovk et al. 2005). A pair seen less than 100 times uses all moments of that code.
-    With n moments, entries with s (n + 1) < 1000 are 0: too few to tell. The last row is for
-    frames that no code led to. A code that never came has 1, except at s = 0. The clips must be
-    some that the prior did not learn from: what it has seen, it expects too surely.
+    Entry (last, code) is a quantile of the chance that the prior gave to `code`, over the moments
+    when it came after `last` (conformal prediction, Vovk et al. 2005). A moment counts 1 / chance:
+    so places where the code can come count alike, whether the player of the videos liked to press
+    it there or hardly ever did. The share RARE of them lies below.
+
+    A pair seen less than 100 times uses all moments of that code. The last row is for frames that
+    no code led to. A code that never came is always rare. The clips must be some that the prior did
+    not learn from: what it has seen, it expects too surely.
     """
-    table = torch.zeros_like(dynamics.prior.quantiles)
+    table = torch.ones_like(dynamics.prior.floor)
     before, came, chance = [], [], []
     # nearly every moment once
     starts = starts[::frames - 1]
@@ -534,16 +539,14 @@ def quantiles_of(dynamics, tokens, actions, starts, frames):
         likely = expected(dynamics, z, a).softmax(-1)               # (64, T-1, codes)
         chance.append(likely.gather(-1, a[..., None]).flatten())
     before, came, chance = torch.cat(before), torch.cat(came), torch.cat(chance)
-    for last, code in np.ndindex(*table.shape[:2]):
+    for last, code in np.ndindex(*table.shape):
         pair = (came == code) & (before == last)
-        mine = chance[pair if pair.sum() >= 100 else came == code]
-        # a new moment is equally likely to fall into each of the n + 1 gaps; the first begins at 0
-        mine = F.pad(mine.sort().values, (1, 0))
-        rank = torch.arange(101, device=mine.device) * len(mine) // 1000
-        table[last, code] = mine[rank]
-    for code in range(table.size(1)):
-        if not (actions == code).any():
-            table[:, code, 1:] = 1
+        mine = chance[pair if pair.sum() >= 100 else came == code].sort().values
+        if len(mine):
+            # a chance below 0.002 is the error of the prior, more than the rarity of the moment
+            weight = 1 / mine.clamp(min=0.002)
+            reached = weight.cumsum(0) / weight.sum()
+            table[last, code] = mine[(reached >= RARE).nonzero()[0, 0]]
     return table
 
 
@@ -592,12 +595,13 @@ def evaluate(dynamics, args, tokenizer, lam):
     torch.manual_seed(0)
     # the prompt and four frames
     valid = Clips(args.data, "valid", 5, args.device)
-    x = valid.at(valid.spread(args.scored))                         # (B, 5, H, W, C)
+    starts = valid.spread(args.scored)
+    x = valid.at(starts)                                            # (B, 5, H, W, C)
     curves = delta_psnr(dynamics, tokenizer, lam, x, 4, sampling_of(args))
     inferred, random, kept = curves[:, :, 3]                        # (B,) each, at t = 4
     delta = inferred - random
     scores = dict(delta_psnr=delta.mean().item(),
-                  delta_psnr_se=(delta.std() / len(x) ** 0.5).item(),
+                  delta_psnr_se=standard_error(delta.cpu(), valid.levels(starts)),
                   psnr_t4=inferred.mean().item(),
                   psnr_t4_random=random.mean().item(),
                   copy_psnr_t4=kept.mean().item(),

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import ACTIONS, Clips, displacement, psnr, true_actions
+from data import ACTIONS, Clips, displacement, psnr, standard_error, true_actions
 from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast,
                       check_patch, command, counts, make_optimizer, parallel, parser, patchify,
                       perplexity, prepare, pyplot_for_files, save_figure, schedule, settle, stop,
@@ -382,8 +382,8 @@ def code_of_rest(x, a):
 def labelled(lam, args, split, n):
     """n clips of a split as the codes read them, and as they really were.
 
-    Returns codes (n, T-1), the buttons pressed (n, T-1), and which of the six buttons would have
-    led to the same next frame (n, T-1, 6).
+    Returns codes (n, T-1), the buttons pressed (n, T-1), which of the six buttons would have led to
+    the same next frame (n, T-1, 6), and the levels (n,).
     """
     data = Clips(args.data, split, args.frames, args.device)
     starts = data.spread(n)
@@ -392,7 +392,7 @@ def labelled(lam, args, split, n):
     a = torch.cat([actions_of(lam, data.at(part)) for part in parts]).cpu().numpy()
     pressed, same, _ = true_actions(args.data, split)
     at = starts[:, None] + np.arange(args.frames - 1)
-    return a, pressed[at], same[at]
+    return a, pressed[at], same[at], data.levels(starts)
 
 
 def totals(a, rows, codes):
@@ -431,11 +431,13 @@ def name_codes(a, pressed, same, codes):
 
 
 def score_actions(lam, args):
-    """Against the true buttons, where somebody knows them: action_accuracy, chance (that of the
-    best constant button), and nmi, the normalized mutual information of codes and buttons.
+    """Against the true buttons, where somebody knows them: action_accuracy, strict_accuracy, chance
+    (action_accuracy of the best constant button), and nmi, the normalized mutual information of
+    codes and buttons.
 
     Each code stands for a button (see name_codes). On held-out levels it is right when that button
-    would have led the true game to the very same next frame. Returns the scores, and a table
+    would have led the true game to the very same next frame, and strictly right when it was the
+    very button. Returns the scores, and a table
     (codes, 6) of how often each code went with each button; ({}, None) where nobody knows.
     """
     if true_actions(args.data, "train") is None:
@@ -443,14 +445,16 @@ def score_actions(lam, args):
     # (the lab's oracle names the six buttons themselves)
     codes = max(len(lam.vq.codebook), len(ACTIONS))
     # a jump that decides is rare: names need many clips
-    mapping, meaning, keys = name_codes(*labelled(lam, args, "train", 8 * args.scored), codes)
-    a, pressed, same = labelled(lam, args, "valid", args.scored)
+    a, pressed, same, _ = labelled(lam, args, "train", 8 * args.scored)
+    mapping, meaning, keys = name_codes(a, pressed, same, codes)
+    a, pressed, same, levels = labelled(lam, args, "valid", args.scored)
     hit = np.take_along_axis(same, mapping[a][..., None], 2)[..., 0]        # (n, T-1)
     table = totals(a, np.eye(len(ACTIONS))[pressed], codes)         # (codes, 6)
     # the best constant button
     chance = same.mean((0, 1)).max()
     scores = dict(action_accuracy=float(hit.mean()), chance=float(chance),
-                  action_accuracy_se=float(hit.mean(1).std() / np.sqrt(len(hit))),
+                  action_accuracy_se=standard_error(hit.mean(1), levels),
+                  strict_accuracy=float((mapping[a] == pressed).mean()),
                   nmi=mutual_information(table), mapping=mapping.tolist(),
                   meaning=meaning.tolist(), keys=keys.tolist())
     return scores, table

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import dynamics as dynamics_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, FIRST_VALID, Clips, Platformer, Policy
+from data import ACTIONS, FIRST, Clips, Platformer, Policy
 from st_block import (check_compiler, command, find_device, load_model, new_parser, save_picture,
                       stop, write_gif)
 
@@ -67,8 +67,8 @@ class Game:
     arrays (H, W, C) in [0, 1]. Beside a world of the built-in game, the true game may be played.
     """
 
-    def __init__(self, models, device, least=0.02, compile="off", **sampling):
-        """models: what `load` returns. least: from 0 to 0.1, see `meant`. compile: "on" or "off".
+    def __init__(self, models, device, as_pressed=False, compile="off", **sampling):
+        """models: what `load` returns. as_pressed: see `meant`. compile: "on" or "off".
         sampling: steps and temperature of MaskGIT, where they differ from the recipe's."""
         tokenizer, dynamics, origin, scores, recipe = models
         self.tokenizer = tokenizer
@@ -94,7 +94,7 @@ class Game:
 
         # how alike are two codes? Twice the cosine of their vectors. A vector shorter than 1 stays
         # so: the code of "nothing happens" lies near 0 and points nowhere
-        self.least = least
+        self.as_pressed = as_pressed
         e = F.normalize(dynamics.codebook, dim=-1, eps=1.0)         # (codes, latent_dim)
         self.similarity = 2 * e @ e.T                               # (codes, codes)
         if compile == "on":
@@ -154,26 +154,25 @@ class Game:
         shows what such a code leads to, so the model would have to invent it. Where the pressed
         code hardly ever comes, the game therefore plays a likely code of similar meaning.
 
-        What is rare? The prior gives each code a chance to come next. prior.quantiles tells how
-        large this chance was when the code did come, after the same code as was played last. A
-        code is rare now if its chance is smaller than at all but a share `least` of those moments
-        (conformal prediction, Vovk et al. 2005). The likeliest code is never rare.
+        What is rare? The prior gives each code a chance to come next. A code is rare now if its
+        chance is below prior.floor, after the code that was played last. The likeliest code is
+        never rare.
 
         What did the player mean? By Bayes' rule a code is as credible as its chance, times the
         likelihood that a player who means it presses `code`. This is taken to grow as exp(2 cos),
         with the cosine between the vectors of the two codes in the LAM's codebook. (The 2 was
-        chosen on held-out levels, and so was the share, 0.02: lab/NOTES.md.)
+        chosen on held-out levels: lab/NOTES.md.)
 
-        Without a prior (--recipe paper has none), and with least = 0, codes stay as pressed.
+        Without a prior (--recipe paper has none), and with as_pressed, codes stay as pressed.
         """
         prior = self.dynamics.prior
-        if prior is None or self.least == 0:
+        if prior is None or self.as_pressed:
             return code
         world = self.world
         # how likely is each code to come next?
         likely = prior(world.last, world.before, world.action)[0, 0].softmax(-1)    # (codes,)
         # below what chance is it rare, after the code played last?
-        floor = prior.quantiles[world.played[0], :, round(1000 * self.least)]       # (codes,)
+        floor = prior.floor[world.played[0]]                                        # (codes,)
         rare = (likely < floor) & (likely < likely.max())                           # (codes,)
         if not rare[code]:
             return code
@@ -230,7 +229,15 @@ class Game:
     def next_frame(self, code):
         """Move the world on by a frame under a pressed code; return the frame (H, W, C)."""
         action = torch.tensor([self.meant(code)], device=self.device)
-        return self.draw(self.world.step(action))
+        moment = self.world.snapshot()
+        last, before = self.world.last, self.world.before
+        z = self.world.step(action)
+        # a third frame that shows the same tells nothing new, and is not remembered: no video shows
+        # a rest as long as the whole memory, and nobody knows what comes after one
+        if torch.equal(z, last) and torch.equal(z, before):
+            self.world.restore(moment)
+            return self.frame
+        return self.draw(z)
 
     @torch.inference_mode()
     def press(self, code, button=None):
@@ -309,13 +316,14 @@ def load(folder, device):
     return tokenizer, dynamics, origin, scores, last["config"]["recipe"]
 
 
-def starts(game, seed, prompt=None, data=None, run=None):
+def starts(game, seed, prompt=None, data=None, run=None, split="valid"):
     """An endless supply of starting frames. Yields a frame, a tensor (H, W, C) in [0, 1], and the
     true game in the state that the frame shows, or None.
 
     With a prompt, the path of a picture, every frame is that picture. A world of the built-in game
-    starts in levels that no world was trained on. Other worlds start from held-out frames of the
-    folder data. If it is not what the world of the folder run was trained on, the program ends.
+    starts in levels that no world was trained on, of the kind `split` (see data.FIRST). Other
+    worlds start from held-out frames of the folder data. If it is not what the world of the folder
+    run was trained on, the program ends.
     """
     rng = np.random.default_rng(seed)
     if prompt is not None:
@@ -323,7 +331,7 @@ def starts(game, seed, prompt=None, data=None, run=None):
         yield from itertools.repeat((picture, None))
     elif game.built_in:
         while True:
-            yield fresh_level(rng)
+            yield fresh_level(rng, split)
     else:
         same_data(game, data, run)
         clips = Clips(data, "valid", 1)
@@ -331,10 +339,9 @@ def starts(game, seed, prompt=None, data=None, run=None):
             yield clips.at([rng.choice(clips.starts)])[0, 0], None
 
 
-def fresh_level(rng):
+def fresh_level(rng, split):
     """A starting frame, a tensor (64, 64, 3) in [0, 1], and the true game in that state."""
-    # levels from this seed on are held out, see data.py
-    true = Platformer(FIRST_VALID + int(rng.integers(100_000)))
+    true = Platformer(FIRST[split] + int(rng.integers(100_000)))
     # run into the level as the player of the videos does, for up to six seconds
     policy = Policy(rng)
     for _ in range(int(rng.integers(60))):
@@ -840,10 +847,9 @@ def parser():
                    help="of the sampled tokens; 0: always the likeliest (default: "
                         f"{ours['temperature']:g}; for a world of --recipe paper "
                         f"{paper['temperature']:g})")
-    p.add_argument("--least", type=float, default=0.02, metavar="SHARE",
-                   help="a code that is less likely now than at all but this share of the moments "
-                        "when it came is played as a likely one of similar meaning (at most 0.1; "
-                        "0: codes stay as pressed; default: %(default)s)")
+    p.add_argument("--as-pressed", action="store_true",
+                   help="play every code as pressed; otherwise one that can hardly come now is "
+                        "played as a likely one of similar meaning")
     p.add_argument("--fps", type=float, default=10,
                    help="beats of the clock per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1,
@@ -865,11 +871,10 @@ def check(args):
         args.fps > 0,
         args.worlds >= 1,
         0 <= args.seed <= 10 ** 9,
-        0 <= args.least <= 0.1,
     ]
     if not all(fine):
         stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed "
-             "not negative (a seed at most a billion), --least from 0 to 0.1")
+             "not negative (a seed at most a billion)")
 
 
 def main(argv=None):
@@ -895,7 +900,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     models = load(folder, args.device)
-    game = Game(models, args.device, args.least, args.compile, **sampling)
+    game = Game(models, args.device, args.as_pressed, args.compile, **sampling)
     if args.keys:
         game.assign(*args.keys)
     supply = starts(game, args.seed, args.prompt, args.data, args.run)

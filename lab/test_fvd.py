@@ -117,7 +117,7 @@ def test_fvd_sees_which_frames_are_wrong(tmp_path, platformer, i3d, monkeypatch)
             return world(a)
 
         monkeypatch.setattr(fvd, "generate", generate)
-        return fvd.score_fvd(tokenizer, None, lam, platformer, tmp_path, {}, clips=2)
+        return fvd.score_fvd(tokenizer, None, lam, platformer, "valid", tmp_path, {}, clips=2)
 
     truth = score(same)
     assert truth["fvd"] < 1e-6
@@ -149,12 +149,12 @@ def test_without_weights_there_is_no_fvd(tmp_path, platformer, monkeypatch, caps
         return None
 
     monkeypatch.setattr(fvd, "load_i3d", load_i3d)
-    assert fvd.score_fvd(None, None, None, platformer, tmp_path, {}) == {}
+    assert fvd.score_fvd(None, None, None, platformer, "valid", tmp_path, {}) == {}
     assert "optional package" in capsys.readouterr().err
 
 
 def test_without_long_clips_there_is_no_fvd(tmp_path, i3d, capsys):
     data.build_platformer(tmp_path / "short", 1, 64, 0, False)
-    assert fvd.score_fvd(None, None, None, tmp_path / "short", tmp_path, {}) == {}
+    assert fvd.score_fvd(None, None, None, tmp_path / "short", "valid", tmp_path, {}) == {}
     assert "four held-out clips of 65 frames" in capsys.readouterr().err
     assert i3d.seen == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import dynamics
 import lam
 import play
@@ -38,8 +39,14 @@ class TrueWorld:
         self.first = frame
         self.true = true
         self.frame = frame.numpy()
+        self.frame = self.show(self, self.frame.copy())
+
+    def take_back(self):
+        state, self.frame = self.moment
+        self.true.restore(state)
 
     def press(self, code, button):
+        self.moment = self.true.save(), self.frame
         self.true.step(button)
         self.frame = self.show(self, self.true.frame() / np.float32(255))
         return self.frame
@@ -65,6 +72,11 @@ def perfect(world, frame):
 def frozen(world, frame):
     """It shows what it showed before."""
     return world.frame
+
+
+def mirrored(world, frame):
+    """It shows the true frame upside down and with left and right exchanged."""
+    return frame[::-1, ::-1]
 
 
 def black(world, frame):
@@ -114,12 +126,40 @@ def test_who_stands_still_because_no_button_says_otherwise_is_at_no_wall(supply)
     assert not wall[0]
 
 
-def test_a_hero_who_is_there_or_gone_or_doubled(supply):
-    scores = score.score_hero(TrueWorld(perfect), supply, 20, 16)
-    assert scores["hero_once"] == scores["hero_once_true_game"] > 0.9
-    assert scores["hero_doubled"] == 0, "at night a coin in front of him is nearly of his colour"
-    assert score.score_hero(TrueWorld(black), supply, 5, 8)["hero_gone"] == 1
-    assert score.score_hero(TrueWorld(twice), supply, 10, 8)["hero_doubled"] > 0.5
+def shares(scores):
+    """The shares that score_obeyed gave, without those that could not be had, by their names."""
+    return {name: value for name, value in scores.items()
+            if not name.endswith("_se") and value is not None}
+
+
+def test_a_press_is_obeyed_by_a_perfect_world_and_by_no_other(supply, monkeypatch):
+    monkeypatch.setattr(score, "RESTS", (0, 5))
+    perfectly = shares(score.score_obeyed(TrueWorld(perfect), supply, 12))
+    assert set(perfectly.values()) == {1}, "the true game obeys its keys"
+    for button in ("left", "right", "jump", "left+jump", "right+jump"):
+        for moment in ("rest_0", "rest_5", "walked", "run"):
+            assert f"obeyed.{button}.{moment}" in perfectly
+    assert "obeyed.left.wall" in perfectly and "obeyed.right.air" in perfectly
+
+    standing = shares(score.score_obeyed(TrueWorld(frozen), supply, 12))
+    for name, value in standing.items():
+        assert value == (1 if name.endswith("wall") else 0), f"{name}: nothing ever moves"
+
+    turned = shares(score.score_obeyed(TrueWorld(mirrored), supply, 12))
+    assert turned["obeyed.left.rest_0"] == turned["obeyed.right.rest_5"] == 0
+    assert turned["obeyed.jump.rest_0"] == 0, "nobody rises"
+
+
+def test_a_hero_who_is_there_or_gone_or_doubled(supply, monkeypatch):
+    monkeypatch.setattr(score, "HERO_FRAMES", (8, 16))
+    scores = score.score_hero(TrueWorld(perfect), supply, 20)
+    assert scores["hero_once_16"] == scores["hero_once_16_true_game"] > 0.9
+    assert scores["hero_doubled_16"] == 0, "at night a coin in front of him is of nearly his colour"
+    assert scores["motion_ratio_8"] == pytest.approx(1)
+    assert scores["motion_ratio_16"] == pytest.approx(1)
+    assert score.score_hero(TrueWorld(black), supply, 5)["hero_gone_8"] == 1
+    assert score.score_hero(TrueWorld(twice), supply, 10)["hero_doubled_8"] > 0.5
+    assert score.score_hero(TrueWorld(frozen), supply, 5)["motion_ratio_16"] == 0
 
 
 def test_counterfactuals_of_a_perfect_world_and_of_exchanged_buttons(supply):
@@ -139,6 +179,25 @@ def test_counterfactuals_of_a_perfect_world_and_of_exchanged_buttons(supply):
     assert scores["counterfactual_psnr"] < scores["counterfactual_copy_psnr"]
 
 
+def test_codes_that_lead_elsewhere_and_codes_that_do_not(supply):
+    """A LAM stands beside it that reads the true button from how the view moved."""
+    def encode(pairs):
+        moved = data.displacement(pairs[:, 0], pairs[:, 1])[:, 0].sign()
+        return torch.where(moved < 0, 1, torch.where(moved > 0, 2, 0))[:, None]
+
+    reader = SimpleNamespace(encode=encode)
+    scores = score.score_codes(TrueWorld(perfect), supply, reader, 12)
+    assert scores["fork"] > 0.9
+    assert scores["consistency"] > 0.9, "at a wall left is not left"
+    assert 0.35 < scores["cycle"] <= 0.5, "it knows three of the six, except at walls"
+
+    scores = score.score_codes(TrueWorld(frozen), supply, reader, 12)
+    assert scores["fork"] == 0
+    assert scores["consistency"] == 1
+    assert scores["cycle"] == pytest.approx(1 / 6), "no code and nothing happens is one of six"
+    assert "cycle" not in score.score_codes(TrueWorld(frozen), supply, None, 2)
+
+
 def test_delta_psnr_of_a_perfect_world_and_a_frozen_one(platformer, monkeypatch, capsys):
     """The "latent actions" of a clip are here the clip itself, for the world to make what it likes.
     """
@@ -147,7 +206,8 @@ def test_delta_psnr_of_a_perfect_world_and_a_frozen_one(platformer, monkeypatch,
 
     def scores_of(generate):
         monkeypatch.setattr(dynamics, "generate", generate)
-        return score.score_delta(pixels, codebook, pixels, platformer / "data/platformer", {})
+        root = platformer / "data/platformer"
+        return score.score_delta(pixels, codebook, pixels, root, "test", {})
 
     def obedient(model, z, a):
         return a
@@ -177,12 +237,14 @@ def test_delta_psnr_of_a_perfect_world_and_a_frozen_one(platformer, monkeypatch,
 
 @pytest.fixture
 def few(monkeypatch):
-    """Few clips for delta_psnr, and no network for fvd."""
+    """Few clips for delta_psnr, short rests and plays, and no network for fvd."""
     def load_i3d(device):
         return None
 
     monkeypatch.setattr(fvd, "load_i3d", load_i3d)
     monkeypatch.setattr(score, "DELTAS", ((4, 8, (1, 4)), (16, 4, (16,))))
+    monkeypatch.setattr(score, "RESTS", (0, 5))
+    monkeypatch.setattr(score, "HERO_FRAMES", (8,))
 
 
 def read(path):
@@ -207,7 +269,8 @@ def test_one_command_scores_the_whole_path(world, few, monkeypatch, capsys):
     wanted = {"lam.nmi", "lam.lam_gain", "lam.code_perplexity", "lam.chance",
               "tokenizer.tokens_in_use", "tokenizer.token_perplexity", "delta_psnr_t4",
               "delta_psnr_t4_se", "psnr_t4", "copy_psnr_t4", "counterfactual_psnr",
-              "arrow_keys_held", "arrow_keys_varied", "hero_once"}
+              "arrow_keys_held", "arrow_keys_varied", "hero_once_8", "motion_ratio_8", "fork",
+              "cycle", "lam.strict_accuracy", "obeyed.left.rest_0"}
     assert wanted <= scores.keys()
     assert all(math.isfinite(scores[name]) for name in wanted)
     assert all(f" {name} " in printed.out for name in scores)
@@ -234,8 +297,9 @@ def test_a_world_without_a_lam_has_the_other_scores(world, few, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run_score("--run", ".")
     scores = read(tmp_path / "scores.json")
-    assert {"lam.nmi", "counterfactual_psnr", "arrow_keys_held", "hero_once"} <= scores.keys()
-    assert "delta_psnr_t4" not in scores
+    assert {"lam.nmi", "counterfactual_psnr", "arrow_keys_held", "fork"} <= scores.keys()
+    assert "hero_once_8" in scores
+    assert not {"delta_psnr_t4", "cycle"} & scores.keys()
     errors = capsys.readouterr().err
     assert "no delta: it needs a LAM" in errors
     assert "no fvd: it needs a LAM" in errors

@@ -167,7 +167,6 @@ def test_a_flag_that_makes_no_sense(platformer, flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--seed", "20261127000"], "at most a billion"),
     (["--fps", "nan"], "--fps above 0"),
-    (["--least", "0.2"], "--least from 0 to 0.1"),
     (["--run", "nowhere", "--script"], "does not exist"),
 ])
 def test_a_flag_of_play_that_makes_no_sense(tmp_path, flags, words):
