@@ -93,6 +93,11 @@ LEGS_APART = sprite("011110", "111111", "112232", "112222", "011110", "111111", 
 LEGS_BENT = sprite("011110", "111111", "112232", "112222", "011110", "111111", "111110", "000110")
 
 
+def way_of(button):
+    """Where a button, an index of ACTIONS, sends the player: -1 is left, 1 right, 0 neither."""
+    return (0, -1, 1)[button % 3]
+
+
 class Platformer:
     """A level of the built-in game and its physics. Fully determined by the seed and the buttons.
 
@@ -258,7 +263,7 @@ class Platformer:
 
     def step(self, button):
         """Advance by one frame (0.1 s) under ACTIONS[button]."""
-        way = (0, -1, 1)[button % 3]
+        way = way_of(button)
         jump = button >= 3
         grounded = self.on_ground()
         # speed sideways

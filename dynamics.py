@@ -50,8 +50,9 @@ PAPER = dict(
 )
 # the knobs that the model is built from
 MODEL = ("dim", "layers", "heads")
-# How play.py samples the worlds of each recipe, unless its flags say otherwise. (The scores of a
-# training take fewer steps at size laptop, to be quick, and no temperature, to have less noise.)
+# How play.py samples the worlds of each recipe, unless its flags say otherwise. At temperature 0
+# a rest is the same frame for ever, and keys are obeyed after it. (The scores of a training take
+# fewer steps at size laptop, to be quick.)
 SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.0))
 
 

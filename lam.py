@@ -437,8 +437,8 @@ def score_actions(lam, args):
 
     Each code stands for a button (see name_codes). On held-out levels it is right when that button
     would have led the true game to the very same next frame, and strictly right when it was the
-    very button. Returns the scores, and a table
-    (codes, 6) of how often each code went with each button; ({}, None) where nobody knows.
+    very button. Returns the scores, and a table (codes, 6) of how often each code went with each
+    button; ({}, None) where nobody knows.
     """
     if true_actions(args.data, "train") is None:
         return {}, None

@@ -92,9 +92,10 @@ class Game:
         self.decoder_cache = tokenizer.decoder.new_cache(1)
         self.undo = deque(maxlen=32)
 
+        # are codes played as pressed, even where they can hardly come?
+        self.as_pressed = as_pressed
         # how alike are two codes? Twice the cosine of their vectors. A vector shorter than 1 stays
         # so: the code of "nothing happens" lies near 0 and points nowhere
-        self.as_pressed = as_pressed
         e = F.normalize(dynamics.codebook, dim=-1, eps=1.0)         # (codes, latent_dim)
         self.similarity = 2 * e @ e.T                               # (codes, codes)
         if compile == "on":

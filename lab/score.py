@@ -20,7 +20,7 @@ from tqdm import tqdm
 import lam as lam_stage
 import play
 from data import (ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, displacement, psnr,
-                  standard_error)
+                  standard_error, way_of)
 from dynamics import SAMPLING, delta_psnr
 from lab.fvd import score_fvd
 from st_block import (check_writable, command, find_device, fingerprint, load_model, new_parser,
@@ -313,8 +313,7 @@ def press_each(game, moment, counted):
         sideways, upwards, as_true = press_once(game, button)
         game.take_back()
         # could the true hero do what he was told?
-        way = (0, -1, 1)[button % 3]
-        if np.sign(sideways) == way and (button < 3 or upwards < 0):
+        if np.sign(sideways) == way_of(button) and (button < 3 or upwards < 0):
             counted.setdefault((button, moment), []).append(as_true)
 
 
