@@ -9,6 +9,7 @@ of z_t. In training, of all frames but the first, a random half of the tokens or
 play all tokens of the new frame are, and they are sampled a few at a time (MaskGIT, Chang et al.
 2022). Action a_{t-1} leads from frame t-1 to frame t. It is added to every token of frame t.
 """
+import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
 import math
 
 import numpy as np
@@ -20,8 +21,8 @@ from tqdm import tqdm
 import lam as lam_stage
 import tokenizer as tokenizer_stage
 from data import Clips, psnr, standard_error
-from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, load_model,
-                      make_optimizer, parallel, parser, patchify, perplexity, prepare,
+from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerprint, grid,
+                      load_model, make_optimizer, parallel, parser, patchify, perplexity, prepare,
                       read_checkpoint, save_picture, schedule, settle, stop, write_atomically)
 
 # Each knob has a value for every --size.
@@ -664,8 +665,9 @@ def begin_lam(args):
     for name in ("data", "run", "recipe", "size", "seed", "device", "compile", "recompute",
                  "steps", "batch", "frames"):
         flags.append(f"--{name}={getattr(args, name)}")
-    if args.resume:
-        flags.append("--resume")
+    for name in ("resume", "overwrite"):
+        if getattr(args, name):
+            flags.append(f"--{name}")
     lam_parser = parser(lam_stage.__doc__, lam_stage.KNOBS, lam_stage.PAPER)
     _, lam, run = lam_stage.begin(settle(lam_parser.parse_args(flags), "lam"))
     return lam, run
@@ -739,8 +741,8 @@ def clips_of(tokens, actions, starts, frames):
 
 def new_model(args, tokenizer, lam, model_class=None):
     """A dynamics model for the tokens of a tokenizer and the codes of a LAM; its configuration."""
-    config = dict(rows=tokenizer.height // tokenizer.patch,
-                  columns=tokenizer.width // tokenizer.patch,
+    rows, columns = grid(tokenizer.height, tokenizer.width, tokenizer.patch)
+    config = dict(rows=rows, columns=columns,
                   vocabulary=len(tokenizer.vq.codebook), codes=len(lam.vq.codebook),
                   latent_dim=lam.vq.codebook.size(1), window=args.frames)
     config |= {name: getattr(args, name) for name in MODEL}

@@ -9,6 +9,7 @@ one of 8 codes, a_t. The decoder sees x_1..x_t and that code, and must draw x_{t
 too few to describe a frame. They help most when they tell what the past could not: in a game, what
 the player did. In play the player says the code, and only the codebook is kept.
 """
+import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
 import math
 
 import numpy as np
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from data import ACTIONS, Clips, displacement, psnr, standard_error, true_actions
 from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast,
-                      check_patch, command, counts, make_optimizer, parallel, parser, patchify,
-                      perplexity, prepare, pyplot_for_files, save_figure, schedule, settle, stop,
-                      unpatchify)
+                      check_patch, command, counts, grid, make_optimizer, parallel, parser,
+                      patchify, perplexity, prepare, pyplot_for_files, save_figure, schedule,
+                      settle, stop, unpatchify)
 
 # Each knob has a value for every --size. A clip needs but two frames, since the decoder of --recipe
 # ours sees one frame only. Many short clips teach more than few long ones.
@@ -71,7 +72,7 @@ class LatentActionModel(nn.Module):
         self.height = height
         self.width = width
         self.patch = patch
-        tokens = (height // patch) * (width // patch)               # N
+        tokens = math.prod(grid(height, width, patch))              # N
         pixels = 3 * patch * patch
         self.embed = nn.Linear(pixels, dim)
         self.encoder = STTransformer(tokens, dim, layers, heads, window, self.ffw)
@@ -214,7 +215,7 @@ class OurLatentActionModel(LatentActionModel):
         # two readings: their difference would cancel a bias
         self.to_latent = nn.Linear(dim, latent_dim, bias=False)
         # neighbours
-        self.around = Neighbours(height // patch, width // patch, dim)
+        self.around = Neighbours(*grid(height, width, patch), dim)
         # drawn on the last frame: at first nothing is added
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.zeros_(self.to_pixels.bias)

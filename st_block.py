@@ -15,13 +15,27 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
+import secrets
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+
+def leave(*_):
+    """Ctrl-C while torch is loaded, which takes seconds: one line, and out."""
+    print("interrupted; nothing was begun", file=sys.stderr)
+    os._exit(130)
+
+
+# only the main thread may catch signals
+with contextlib.suppress(ValueError):
+    as_before = signal.signal(signal.SIGINT, leave)
 
 import numpy as np
 import torch
@@ -30,23 +44,39 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+with contextlib.suppress(ValueError, NameError):
+    signal.signal(signal.SIGINT, as_before)
+
 # ------------------------------------------------------------------------------- patches
 
 
+def grid(H, W, P):
+    """How many rows and columns of patches cover a frame. The last ones may reach beyond it."""
+    return math.ceil(H / P), math.ceil(W / P)
+
+
 def patchify(x, P):
-    """Cut frames (B, T, H, W, C) into squares of P x P pixels, row by row: (B, T, N, P*P*C)."""
+    """Cut frames (B, T, H, W, C) into squares of P x P pixels, row by row: (B, T, N, P*P*C).
+
+    A frame that is no whole number of patches is padded with zeros, below and on the right.
+    """
     B, T, H, W, C = x.shape
-    x = x.view(B, T, H // P, P, W // P, P, C)
+    rows, columns = grid(H, W, P)
+    if (rows * P, columns * P) != (H, W):
+        x = F.pad(x, (0, 0, 0, columns * P - W, 0, rows * P - H))
+    x = x.view(B, T, rows, P, columns, P, C)
     x = x.permute(0, 1, 2, 4, 3, 5, 6)                              # (B, T, H/P, W/P, P, P, C)
-    return x.reshape(B, T, (H // P) * (W // P), P * P * C)
+    return x.reshape(B, T, rows * columns, P * P * C)
 
 
 def unpatchify(x, P, H, W):
-    """The inverse of patchify: (B, T, N, P*P*C) -> frames (B, T, H, W, C)."""
+    """The inverse of patchify: (B, T, N, P*P*C) -> frames (B, T, H, W, C), without padding."""
     B, T, N, _ = x.shape
-    x = x.view(B, T, H // P, W // P, P, P, -1)
+    rows, columns = grid(H, W, P)
+    x = x.view(B, T, rows, columns, P, P, -1)
     x = x.permute(0, 1, 2, 4, 3, 5, 6)                              # (B, T, H/P, P, W/P, P, C)
-    return x.reshape(B, T, H, W, -1)
+    x = x.reshape(B, T, rows * P, columns * P, -1)
+    return x[:, :, :H, :W]
 
 
 # ------------------------------------------------------------------------------- attention
@@ -513,19 +543,47 @@ RECIPES = ("paper", "ours")                         # how: as published, or with
 
 def stop(message):
     """End the program because of a user's mistake: one sentence on stderr, exit code 1."""
+    end_bars()
     raise SystemExit(f"error: {message}")
+
+
+def end_bars():
+    """Close the progress bars. What is printed next stands on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()
+
+
+def on_ending(call):
+    """Call `call` when somebody ends the program: Ctrl-C, kill, or a terminal that is closed."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Windows knows no SIGHUP, under nohup it is ignored, and only the main thread may ask
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            with contextlib.suppress(ValueError):
+                signal.signal(number, call)
 
 
 def command(main):
     """Run the main function of a script. What a user can run into ends in one sentence."""
+    on_ending(signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
+        end_bars()
         print("interrupted; what was saved before is untouched", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError:
         stop("the memory of the GPU is full; in training try a smaller --batch, --recompute on "
              "or --size laptop, in play --device cpu")
+    # permission denied, a full disk, a loop of links, a name of 300 letters
+    except OSError as e:
+        stop(f"{e.filename or 'a file'} cannot be used ({e.strerror or e})")
+    # on a CPU torch says so in a RuntimeError
+    except (MemoryError, RuntimeError) as e:
+        full = any(word in str(e) for word in ("allocate memory", "calculation overflowed"))
+        if isinstance(e, RuntimeError) and not full:
+            raise
+        stop("the memory is full; try a smaller --batch, --scored or --size")
 
 
 def flag(knob):
@@ -557,6 +615,8 @@ def parser(doc, knobs, paper):
     p.add_argument("--seed", type=int, help="same seed, same machine: the same run (default: 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     p.add_argument("--resume", action="store_true", help="go on where a run was interrupted")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace a model that is in the run folder (it is kept as NAME.old.pt)")
     p.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                    help="torch.compile (auto: on where it works, but not at size test)")
     p.add_argument("--recompute", choices=("auto", "on", "off"), default="auto",
@@ -584,7 +644,8 @@ def find_device(name):
         # torchrun gives each process a GPU
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=device)
+        # a device without memory, as meta, has no number to give back
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         stop(f"--device {device} cannot be used here ({reason}); try --device cpu")
@@ -633,6 +694,9 @@ def settle(args, stage):
 def settle_resumed(args, asked, stage):
     """The knobs of the run that is resumed. What is asked for must not contradict them."""
     path = args.run / f"{stage}.pt"
+    if args.run.exists() and int(os.environ.get("RANK", 0)) == 0:
+        lock(args.run)
+        finish_renames(args.run)
     begun = read_checkpoint(path, stage)["knobs"]
     for name in args.knobs:
         if name not in begun:
@@ -648,8 +712,9 @@ def settle_resumed(args, asked, stage):
 def check_knob(name, value):
     """Numbers must be finite. Whole numbers count something, so they are at least 1."""
     least = 0 if isinstance(value, float) else 1
-    if not math.isfinite(value) or value < least:
-        stop(f"{flag(name)} {value} makes no sense; it must be at least {least}, and finite")
+    if not least <= value <= 10 ** 9:
+        stop(f"{flag(name)} {value} makes no sense; it must be at least {least}, and finite (at "
+             "most a billion)")
 
 
 # ------------------------------------------------------------------------------- optimizer
@@ -682,30 +747,91 @@ def write_atomically(path, write, *more):
     """Write beside `path` and rename: who opens it finds the old file or the new, never half.
 
     write(f) writes to the open file f. more: pairs (path, write) of files that belong to it. All
-    of them are written before the first one is replaced.
+    of them are written before the first one is replaced. If the process is killed in between,
+    `finish_renames` does the rest.
     """
-    files = [(Path(p), Path(f"{p}.part"), w) for p, w in ((path, write), *more)]
+    # no two writers share a name
+    token = secrets.token_hex(4)
+    files = [(Path(p), Path(f"{p}.{token}.part"), w) for p, w in ((path, write), *more)]
+    notes = files[0][0].with_name(f"renames.{token}.part") if more else None
     try:
         for path, part, write in files:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as f:
                 write(f)
+                # it is on the disk before it replaces anything
+                f.flush()
+                os.fsync(f.fileno())
+        if notes:
+            names = [[part.name, path.name] for path, part, _ in files]
+            write_atomically(notes, lambda f: f.write(json.dumps(names).encode()))
         for path, part, _ in files:
             os.replace(part, path)
     # torch.save wraps a full disk in a RuntimeError
     except (OSError, RuntimeError) as e:
-        for _, part, _ in files:
+        stop(f"cannot write {path} ({e}); what was there before is untouched")
+    finally:
+        # after an error, or Ctrl-C, no half files stay
+        for part in [part for _, part, _ in files] + ([notes] if notes else []):
             with contextlib.suppress(OSError):
                 part.unlink()
-        stop(f"cannot write {path} ({e}); what was there before is untouched")
+
+
+def finish_renames(folder):
+    """Do the renames that a killed process left undone, and delete what it left half written.
+
+    Called under the lock of the folder, so nobody is writing there.
+    """
+    for notes in folder.glob("renames.????????.part"):
+        for part, name in json.loads(notes.read_text()):
+            if (folder / part).exists():
+                os.replace(folder / part, folder / name)
+        notes.unlink()
+    for name in ("tokenizer", "lam", "dynamics", "tokens"):
+        for part in folder.glob(f"{name}.pt.????????.part"):
+            part.unlink()
+
+
+LOCKS = {}              # folder: the open handle that holds its lock
+
+
+def lock(folder):
+    """Keep other processes of this project from writing to a folder, until this process ends.
+
+    The lock is the operating system's: it dies with the process, and leaves no file behind.
+    """
+    folder = os.path.realpath(folder)
+    if folder in LOCKS:
+        return
+    # Windows has no such module
+    with contextlib.suppress(ImportError):
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            stop(f"another process is writing to {folder}; wait for it, or name another folder")
+        # some network disks have no locks
+        except OSError:
+            pass
+        LOCKS[folder] = handle
+
+
+def unlock(folder):
+    handle = LOCKS.pop(os.path.realpath(folder), None)
+    if handle is not None:
+        os.close(handle)
 
 
 def check_writable(folder):
     """Can files be written into it? Better asked before an hour of training than after it."""
-    def nothing(f):
-        pass
-    write_atomically(folder / "writable", nothing)
-    (folder / "writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        stop(f"cannot write to {folder} ({e.strerror})")
 
 
 def write_json(path, value):
@@ -721,6 +847,11 @@ def fingerprint(model):
     return h.hexdigest()[:12]
 
 
+# what a checkpoint holds, and of which types
+CHECKPOINT = dict(stage=str, config=dict, knobs=dict, origin=dict, step=int, seconds=(int, float),
+                  curve=list, model=dict, optimizer=(dict, type(None)), fingerprint=str)
+
+
 def read_checkpoint(path, stage):
     """The checkpoint at `path` as a dictionary, or one sentence that says why not."""
     path = Path(path)
@@ -730,9 +861,16 @@ def read_checkpoint(path, stage):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         found = ckpt["stage"]
+        # a checkpoint of another stage is told as such
+        for name, kind in CHECKPOINT.items() if found == stage else ():
+            if not isinstance(ckpt[name], kind):
+                raise TypeError(f"{name} is {ckpt[name]!r:.40}")
+        if found == stage and not 0 <= ckpt["step"] <= ckpt["knobs"]["steps"]:
+            raise ValueError(f"step {ckpt['step']} of {ckpt['knobs']['steps']}")
     # torch.load raises half a dozen types on a damaged file
     except Exception as e:
-        stop(f"{path} is damaged or no checkpoint of this project ({type(e).__name__}); "
+        reason = f"{type(e).__name__}: {e}".splitlines()[0][:100]
+        stop(f"{path} is damaged or no checkpoint of this project ({reason}); "
              f"train again with: {again}")
     if found != stage:
         stop(f"{path} is a checkpoint of {found}.py, but one of {stage}.py is needed here")
@@ -742,12 +880,21 @@ def read_checkpoint(path, stage):
 def load_model(path, build, stage, device="cpu"):
     """A trained model, frozen, and its checkpoint. build(**config) makes the model."""
     ckpt = read_checkpoint(path, stage)
+    weights = ckpt["model"]
     try:
+        # a size that the weights do not bear out could fill the memory before they are compared
+        most = sum(w.numel() for w in weights.values())
+        sizes = [v for v in ckpt["config"].values() if isinstance(v, int)]
+        if max(sizes) > most or ckpt["config"].get("layers", 1) > len(weights):
+            raise ValueError("its configuration is larger than its weights")
         model = build(**ckpt["config"])
-        model.load_state_dict(ckpt["model"])
-    except (TypeError, RuntimeError, KeyError) as e:
-        stop(f"{path} does not fit this version of {stage}.py ({str(e).splitlines()[0]}); "
-             "train again")
+        model.load_state_dict(weights)
+        if not all(p.isfinite().all() for p in model.state_dict().values()):
+            raise ValueError("its weights are not all finite numbers")
+    # a wrong configuration raises whatever it leads to
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        stop(f"{path} does not fit this version of {stage}.py ({reason}); train again")
     return model.to(device).float().eval().requires_grad_(False), ckpt
 
 
@@ -854,6 +1001,12 @@ def parallel(model, args):
 # ............................................................ the run
 
 
+def stamp(folder):
+    """Which files are in a folder of data, how large, and when written: to see if they change."""
+    files = [file for file in folder.glob("*") if file.suffix in (".u8", ".json")]
+    return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
 class Run:
     """What a training loop needs besides its mathematics: steps, saving, resuming, the report.
 
@@ -861,6 +1014,7 @@ class Run:
     would have drawn, and ends bit-identical to one that was never interrupted (CPU, same machine).
     """
     save_every = 500        # steps
+    save_after = 120        # seconds: whichever comes first
 
     def __init__(self, stage, args, model, optimizer, config, held_out, **origin):
         """held_out(): the loss of the model on held-out clips. origin: what it is trained on."""
@@ -881,28 +1035,45 @@ class Run:
         self.curve = []             # [step, training loss, held-out loss]
         self.recent = []            # training losses that were shown since the last point of it
         self.replaced = args.resume # has the file of an earlier run been set aside?
+        self.saved = time.time()    # when there was nothing to lose
+        self.data_now = stamp(args.data)
+        # nobody else may write there, and nothing is replaced that nobody asked to replace
+        if args.rank == 0:
+            check_writable(args.run)
+            lock(args.run)
+            finish_renames(args.run)
         if args.resume:
             self.resume()
-        elif args.rank == 0:
-            check_writable(args.run)
+        elif self.path.exists() and not args.overwrite:
+            stop(f"{self.path} already exists; go on with it by --resume, replace it by "
+                 "--overwrite, or name another folder with --run")
 
     def resume(self):
         """Go on from the checkpoint, if it is of the same model on the same data."""
         ckpt = read_checkpoint(self.path, self.stage)
-        same_model = ckpt["model"].keys() == self.model.state_dict().keys()
-        if ckpt["config"] != self.config or ckpt["optimizer"] is None or not same_model:
-            stop(f"{self.path} cannot be resumed here (other data, play-only weights, or of "
-                 "another version); train afresh without --resume")
+        other = (f"{self.path} cannot be resumed here (other data, play-only weights, or of "
+                 "another version); train afresh with --overwrite")
+        if ckpt["config"] != self.config or not ckpt["optimizer"]:
+            stop(other)
         for name, now in self.origin.items():
             before = ckpt["origin"].get(name)
             if before != now:
                 hint = "name that with --data, or " if name == "data" else ""
                 stop(f"{self.path} was begun on another {name} ({before}, now {now}); "
-                     f"{hint}train afresh")
+                     f"{hint}train afresh with --overwrite")
         if self.args.steps < ckpt["step"]:
             stop(f"{self.path} is at step {ckpt['step']} already, beyond --steps {self.args.steps}")
-        self.model.load_state_dict(ckpt["model"])
-        self.optimizer.load_state_dict(ckpt["optimizer"])
+        try:
+            self.model.load_state_dict(ckpt["model"])
+            self.optimizer.load_state_dict(ckpt["optimizer"])
+            # the fused optimizer would write beyond a state of another shape
+            for p, state in self.optimizer.state.items():
+                for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                    if moment.shape != p.shape:
+                        raise ValueError("an optimizer of another shape")
+        # whatever a wrong state leads to
+        except Exception:
+            stop(other)
         self.first = ckpt["step"]
         self.seconds = ckpt["seconds"]
         self.curve = ckpt["curve"]
@@ -914,7 +1085,7 @@ class Run:
         self.stopped = False
         self.bar = tqdm(total=args.steps, initial=self.first, desc=self.stage,
                         disable=args.rank > 0, mininterval=1, dynamic_ncols=True)
-        self.on_ctrl_c(self.ask_to_stop)
+        on_ending(self.ask_to_stop)
         for step in range(self.first, args.steps):
             # no two steps, and no two processes, share a seed
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
@@ -927,22 +1098,21 @@ class Run:
                     print(f"stopped and saved at step {step + 1}; go on with the same command "
                           "and --resume", file=sys.stderr)
                 raise SystemExit(130)
-            if (step + 1) % self.save_every == 0:
+            late = time.time() - self.saved > self.save_after
+            if (step + 1) % self.save_every == 0 or late:
                 self.save(step + 1)
         self.bar.close()
         # the clock stops: what a stage does afterwards is no training
         self.seconds += time.time() - self.began
         self.began = None
         self.save(args.steps)
-        self.on_ctrl_c(self.while_scoring)
+        on_ending(self.while_scoring)
 
-    def on_ctrl_c(self, call):
-        # only the main thread may catch signals
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, call)
-
-    def ask_to_stop(self, *_):
+    def ask_to_stop(self, number, _):
         self.stopped = True
+        # a terminal that is closed takes no more of the bar
+        if self.bar and number != signal.SIGINT:
+            self.bar.disable = True
 
     def while_scoring(self, *_):
         stop("interrupted while scoring; the weights are saved: the same command with --resume "
@@ -1005,6 +1175,7 @@ class Run:
         if self.args.rank == 0:
             (path, write), *more = [run.checkpoint(step) for run in runs]
             write_atomically(path, write, *more)
+        self.saved = time.time()
 
     def checkpoint(self, step):
         """The path, and what writes the checkpoint to an open file.
@@ -1030,6 +1201,9 @@ class Run:
             torch.distributed.destroy_process_group()
         if args.rank > 0:
             return
+        if stamp(args.data) != self.data_now:
+            stop(f"{args.data} was changed during the training; {self.path} is saved, but scores "
+                 "would be those of other data")
         # other shapes than in training: not worth compiling
         with torch.compiler.set_stance("force_eager"):
             scores = evaluate(self.model, args)
@@ -1047,17 +1221,18 @@ class Run:
         write_json(path, scores | about)
         print(f"{self.seconds / 60:.1f} minutes of training, {parameters / 1e6:.1f}M parameters; "
               f"scores in {path}")
+        unlock(args.run)
         # Ctrl-C means again what it meant before
-        self.on_ctrl_c(signal.default_int_handler)
+        on_ending(signal.default_int_handler)
 
 
 # ------------------------------------------------------------------------------- pictures
 
 
 def check_patch(patch, height, width):
-    if height % patch or width % patch:
+    if patch > min(height, width):
         stop(f"frames of {width}x{height} pixels cannot be cut into patches of {patch}; "
-             "choose a --patch that divides both")
+             "choose a smaller --patch")
 
 
 def to_bytes(image):
@@ -1094,6 +1269,7 @@ def write_gif(path, frames, fps=10):
     """Write frames, (H, W, C) arrays in [0, 1], as a GIF, four times as large."""
     import imageio.v2 as imageio
     big = [to_bytes(frame).repeat(4, 0).repeat(4, 1) for frame in frames]
-    write_atomically(path, lambda f: imageio.mimwrite(f, big, format="gif", duration=1000 / fps,
-                                                      loop=0))
+    film = io.BytesIO()
+    imageio.mimwrite(film, big, format="gif", duration=1000 / fps, loop=0)
+    write_atomically(path, lambda f: f.write(film.getbuffer()))
     print(f"{path}: {len(frames)} frames")

@@ -737,7 +737,7 @@ def test_cotraining_stops_the_gradient_at_the_actions(recipe, few, tmp_path):
     tok.main(flags)
     lams = []
     for lr in ("3e-3", "1e-5"):
-        dyn.main([*flags, "--cotrain", "--lr", lr], model_class=Kept)
+        dyn.main([*flags, "--cotrain", "--overwrite", "--lr", lr], model_class=Kept)
         lams.append(checkpoint(tmp_path, "lam"))
         assert checkpoint(tmp_path, "dynamics")["origin"]["lam"] == lams[-1]["fingerprint"]
     assert lams[0]["step"] == 12

@@ -9,6 +9,7 @@ vector by the index of the nearest code: the patch's token. The decoder turns to
 pixels. Encoder and decoder are causal ST-transformers: the tokens z_t of frame t know x_1..x_t, and
 frame t is decoded from z_1..z_t. The later stages see tokens only.
 """
+import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
 import math
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from data import Clips, psnr
 from st_block import (OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast, check_patch,
-                      command, make_optimizer, parallel, parser, patchify, perplexity, prepare,
-                      save_picture, schedule, settle, unpatchify)
+                      command, grid, make_optimizer, parallel, parser, patchify, perplexity,
+                      prepare, save_picture, schedule, settle, unpatchify)
 
 # Each knob has a value for every --size. At coinrun, the paper's case study, they are those of its
 # appendix F. Elsewhere patches of 8 pixels instead of 4 give a quarter of the tokens, and so a
@@ -61,7 +62,7 @@ class Tokenizer(nn.Module):
         self.height = height
         self.width = width
         self.patch = patch
-        self.tokens = (height // patch) * (width // patch)          # N
+        self.tokens = math.prod(grid(height, width, patch))         # N
         pixels = 3 * patch * patch
         self.embed = nn.Linear(pixels, dim)
         self.encoder = STTransformer(self.tokens, dim, layers, heads, window, self.ffw)

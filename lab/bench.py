@@ -196,7 +196,7 @@ def bench_stages(names, flags, options):
         # standard output is for the rows
         with contextlib.redirect_stdout(sys.stderr):
             build_platformer(data, episodes=8, frames=80, seed=0, overwrite=False)
-        flags = (*flags, f"--data={data}", f"--run={folder}/run")
+        flags = (*flags, f"--data={data}", f"--run={folder}/run", "--overwrite")
         for name in names:
             # the dynamics is trained on the tokens and the codes of two other models
             if name == "dynamics":

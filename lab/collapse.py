@@ -202,7 +202,7 @@ def run_row(stage, name, model_class, flags, args):
     if (folder / f"{stage.__name__}.json").exists():
         return
     print(f"\n{name}: {stage.__name__}")
-    flags = ["--size", "test", "--device", args.device, "--seed", str(args.seed),
+    flags = ["--size", "test", "--device", args.device, "--seed", str(args.seed), "--overwrite",
              "--data", str(args.run / "data"), "--run", str(folder), *flags]
     if args.steps:
         flags += ["--steps", str(args.steps)]

@@ -154,9 +154,11 @@ def test_other_videos_are_told_from_these_by_their_pixels(platformer, tmp_path):
     (["--lr", "inf"], "finite"),
     (["--seed", "20261127000"], "too large"),
     (["--dim", "30", "--heads", "4"], "multiple of twice --heads"),
-    (["--patch", "7"], "cannot be cut"),
+    (["--patch", "65"], "cannot be cut"),
     (["--patch", "32"], "nothing would be left"),
     (["--device", "cuda:99"], "cannot be used here"),
+    (["--device", "meta"], "cannot be used here"),
+    (["--steps", "1" * 23], "at most a billion"),
     (["--data", "data/nowhere"], "python data.py"),
     (["--resume", "--run", "runs/nowhere"], "does not exist"),
 ])
@@ -218,11 +220,19 @@ def test_who_asks_for_a_compiler_is_told_why_not(main, platformer, monkeypatch):
 # ------------------------------------------------------------------------------- checkpoints
 
 
+WHOLE = dict(stage="tokenizer", config=dict(recipe="ours", size=3), knobs=dict(steps=3), origin={},
+             step=3, seconds=1.0, curve=[], model=dict(w=torch.zeros(9)), optimizer=None,
+             fingerprint="")
+
+
 @pytest.mark.parametrize("content, words", [
     (None, "tokenizer.pt does not exist"),
     (b"PK\x03\x04 half a file", "damaged"),
     (dict(stage="lam"), "lam.py, but one of tokenizer.py"),
-    (dict(stage="tokenizer", config=dict(recipe="ours", size=3), model={}), "does not fit"),
+    (dict(stage="tokenizer", config={}, model={}), "damaged .*KeyError"),
+    (WHOLE | dict(step="six"), "step is 'six'"),
+    (WHOLE | dict(step=-1), "step -1 of 3"),
+    (WHOLE, "does not fit"),
 ])
 def test_a_checkpoint_that_is_none(tmp_path, platformer, content, words):
     path = tmp_path / "tokenizer.pt"
@@ -275,6 +285,106 @@ def test_weights_that_are_not_numbers_never_replace_a_checkpoint(few, tmp_path):
     assert st.read_checkpoint(tmp_path / "run/tokenizer.pt", "tokenizer")["step"] == 4
 
 
+def test_a_model_is_replaced_only_on_request(few, tmp_path):
+    """A training that was started again by accident says so, and touches nothing."""
+    interrupted(tok, few)
+    before = (tmp_path / "run/tokenizer.pt").read_bytes()
+    refuses("already exists; .*--resume.*--overwrite", tok.main, *few)
+    assert (tmp_path / "run/tokenizer.pt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.pt"]
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from st_block import lock
+lock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_told_so(few, tmp_path):
+    """Another process holds the folder. Once it is dead, however it died, the folder is free."""
+    (tmp_path / "run").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, tmp_path / "run"], cwd=HERE,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"locked\n"
+    refuses("another process is writing to", tok.main, *few)
+    other.kill()
+    other.communicate()
+    tok.main(few)
+
+
+def test_a_file_of_the_users_called_like_one_of_ours_stays(few, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("writable", "tokenizer.pt.part"):
+        (tmp_path / "run" / name).write_text("mine")
+    tok.main(few)
+    assert (tmp_path / "run/writable").read_text() == "mine"
+    assert (tmp_path / "run/tokenizer.pt.part").read_text() == "mine"
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_no_half_file(tmp_path):
+    def write(f):
+        f.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        st.write_atomically(tmp_path / "x.bin", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_that_was_half_renamed_is_completed(few, tmp_path, monkeypatch):
+    """The process was killed after the new lam.pt was in its place, before dynamics.pt was."""
+    class Killed(st.Run):
+        save_every = 8
+
+    def replace(a, b):
+        if Path(b).name == "dynamics.pt":
+            raise RuntimeError("killed")
+        os.rename(a, b)
+
+    def steps():
+        return [st.read_checkpoint(tmp_path / f"run/{name}.pt", name)["step"]
+                for name in ("lam", "dynamics")]
+
+    tok.main(few)
+    interrupted(dyn, [*few, "--cotrain"])
+    with monkeypatch.context() as patch:
+        # a process that is killed tidies up nothing
+        patch.setattr(os, "replace", replace)
+        patch.setattr(Path, "unlink", lambda path: None)
+        with pytest.raises(SystemExit):
+            dyn.main([*few, "--resume"], runner=Killed)
+    assert steps() == [8, 6]
+    dyn.main([*few, "--resume"])
+    assert steps() == [12, 12]
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_data_replaced_during_a_training(few, tmp_path):
+    """The weights are saved. They are not scored on data that they were not trained on."""
+    class Replaced(st.Run):
+        def log(self, step, *args, **kwargs):
+            super().log(step, *args, **kwargs)
+            if step == 6:
+                data.build_platformer(tmp_path / "small", 2, 40, 1, True)
+
+    with pytest.raises(SystemExit, match="was changed during the training"):
+        tok.main(few, runner=Replaced)
+    assert st.read_checkpoint(tmp_path / "run/tokenizer.pt", "tokenizer")["step"] == 12
+
+
+def test_an_optimizer_of_another_shape(few, tmp_path):
+    interrupted(tok, few)
+    path = tmp_path / "run/tokenizer.pt"
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(ckpt, path)
+    refuses("cannot be resumed here", tok.main, *few, "--resume")
+
+
 def test_a_loss_that_is_not_a_number_stops_the_training(few, tmp_path):
     class Spoiled(st.Run):
         def log(self, step, loss, **watch):
@@ -287,7 +397,7 @@ def test_a_loss_that_is_not_a_number_stops_the_training(few, tmp_path):
 def test_what_an_earlier_training_left_is_kept_once(few, tmp_path):
     tok.main(few)
     earlier = (tmp_path / "run/tokenizer.pt").read_bytes()
-    tok.main([*few, "--seed", "1"])
+    tok.main([*few, "--seed", "1", "--overwrite"])
     assert (tmp_path / "run/tokenizer.old.pt").read_bytes() == earlier
 
 
@@ -343,7 +453,7 @@ def test_an_interrupted_pair_goes_on_together(few, tmp_path):
     tok.main(few)
     dyn.main([*few, "--cotrain"])
     whole = prints()
-    interrupted(dyn, [*few, "--cotrain"])
+    interrupted(dyn, [*few, "--cotrain", "--overwrite"])
     assert prints()[0] != whole[0] and prints()[1] != whole[1]
     dyn.main([*few, "--resume"])
     assert prints() == whole
