@@ -1,7 +1,7 @@
 """Make a data set of short video clips, from the built-in game or from your own videos.
 
     python data.py                                    # the built-in game -> data/platformer/
-    python data.py --videos my_videos/ --name mine    # a folder of .mp4 / .gif -> data/mine/
+    python data.py --videos my_videos/ --name mine    # films, pictures, arrays -> data/mine/
     python data.py --show --name mine                 # only draw a contact sheet of data/mine/
 
 Genie was trained on 16-frame clips of platform games, at 10 frames/s (section 3). The built-in game
@@ -9,18 +9,24 @@ gives such clips, of 64x64 pixels. A data set is a folder of these files:
     train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end: to train on, and
                           held out to choose by
     test.u8               built-in game only: held out to report by; nothing is ever chosen on it
-    meta.json             frame size, frames per second, length of every episode, source
+    meta.json             frame size, frames per second, length of every episode, source, and a
+                          checksum of each .u8 file
     true_actions.npz      built-in game only: the buttons that the player really pressed
 No training code opens true_actions.npz. It serves to score what was discovered without it, and to
 measure how well anybody could do (python -m lab.oracle).
 """
+import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
+import warnings
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -28,7 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from st_block import command, new_parser, save_picture, stop
+from st_block import (command, end_bars, lock, new_parser, save_picture, stop, unlock,
+                      write_json)
 
 # ------------------------------------------------------------------------------- the built-in game
 
@@ -409,28 +416,48 @@ def play_episode(seed, frames):
 
 # ------------------------------------------------------------------------------- making a data set
 
+# all that may lie in the folder of a data set
+FILES = ("train.u8", "valid.u8", "test.u8", "meta.json", "true_actions.npz", "sheet.png")
+# in the folder of one that is being made: what was read of your own videos so far
+READ = "videos"
+
+
+def checked(folder):
+    """End the program if a folder that is to be deleted holds anything that is not ours."""
+    names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if name not in (*FILES, READ)]
+    if foreign:
+        stop(f"{folder} holds what data.py did not write ({', '.join(foreign[:3])}), and will not "
+             "be deleted; move that, or choose another --name")
+    return folder
+
 
 def build(root, overwrite, source, fill):
     """Make the folder `root` of a data set as a whole, or not at all.
 
     fill(folder) writes the .u8 files into `folder` and returns the entries of meta.json, to which
-    the dictionary `source` is added. Ends with one sentence where `root` cannot be written, or
-    exists and may not be replaced.
+    the dictionary `source` is added. What `fill` has in the folder READ outlives an interruption.
+    Ends with one sentence where `root` cannot be written, or exists and may not be replaced.
     """
     if root.exists() and not overwrite:
         stop(f"{root} already exists; choose another --name, or --overwrite it")
     if root.exists() and not (root / "meta.json").exists():
         stop(f"{root} is no data set, and will not be overwritten; choose another --name")
     # the folder may be a link to a larger disk: work beside the place that it points to
-    place = root.resolve()
-    part = place.with_name(f"{place.name}.part")
-    old = place.with_name(f".{place.name}.replaced")
-    shutil.rmtree(part, ignore_errors=True)
+    place = checked(Path(os.path.realpath(root)))
+    part = checked(place.with_name(f".{place.name}.unfinished"))
+    old = checked(place.with_name(f".{place.name}.replaced"))
     try:
-        part.mkdir(parents=True)
-        meta = source | fill(part)
+        part.mkdir(parents=True, exist_ok=True)
+        lock(part)
+        meta = fill(part) | source
+        meta["crc32"] = {file.stem: checksum(file) for file in part.glob("*.u8")}
         (part / "meta.json").write_text(json.dumps(meta))
-        # all is written: put it into its place
+        # all is on the disk before it replaces anything
+        shutil.rmtree(part / READ, ignore_errors=True)
+        for file in part.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(place, old)
@@ -438,11 +465,13 @@ def build(root, overwrite, source, fill):
     except OSError as e:
         stop(f"cannot write {root} ({e})")
     finally:
+        unlock(part)
         # if the exchange was interrupted halfway, what was there before comes back
         if old.exists() and not place.exists():
             os.replace(old, place)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(part, ignore_errors=True)
+        if not (part / READ).exists():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def build_platformer(root, episodes, frames, seed, overwrite):
@@ -492,109 +521,485 @@ def print_buttons(buttons, same):
           f"of the five other buttons, {other.sum(1).mean() / others:.1%} would have")
 
 
+# ------------------------------------------------------------------------------- your own videos
+
+# the endings of films in a folder. A file that is named on the command line may have any ending
+FILMS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".ts", ".mts", ".m2ts", ".mpg",
+         ".mpeg", ".flv", ".3gp", ".wmv", ".ogv", ".npy")
+PICTURES = (".png", ".jpg", ".jpeg")
+
+# How videos become frames: pixels of a frame, --fit, frames per second, frames per second of what
+# has no time of its own, are clips kept in which nothing moves, and how many frames a clip has
+How = namedtuple("How", "height width fit fps from_fps keep_still shortest")
+
+CUT = 0.15              # a cut moves more than this share of the pixels to another colour ...
+SUDDEN = 3              # ... and so many times as much as any of the frames before it
+STILL = 12              # a pixel that changes by more than this, of 255, moves
+
+
 class Unreadable(Exception):
-    """The decoder cannot read a video any further."""
+    """A video, or the rest of it, cannot be read."""
 
 
-def read_video(file, size, fps):
-    """Yields the frames of a video, each (size, size, 3) uint8, resampled to `fps` frames/s.
+def reason(error):
+    """The last line of an error. Of what ffmpeg printed, it is the one that says why."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(")")
 
-    A frame is the middle square of the picture, scaled down. Raises Unreadable where the file is
-    damaged, after the frames before the damage.
+
+# ............................................................ which files are videos?
+
+
+def find_videos(paths, shortest):
+    """Everything below the paths: (videos, others), lists of paths.
+
+    Videos are films, arrays, and folders of at least `shortest` numbered pictures. Links are
+    followed. What is reached twice counts once, so a loop of links has an end.
     """
-    import imageio.v2 as imageio
-    # imageio would warn that the frames have another size than the file says
-    logging.getLogger("imageio.plugins.ffmpeg").setLevel(logging.ERROR)
-    crop = "crop='min(iw,ih)':'min(iw,ih)'"
-    filters = f"{crop},scale={size}:{size}:flags=area,fps={fps}"
-    how = dict(format="FFMPEG", size=(size, size), output_params=["-vf", filters])
-    try:
-        with imageio.get_reader(file, **how) as reader:
-            for frame in reader:
-                yield np.ascontiguousarray(frame[..., :3])
-    except Exception as e:
-        # imageio raises many types; the last line of what ffmpeg printed is the reason
-        lines = (str(e).strip() or type(e).__name__).splitlines()
-        raise Unreadable(lines[-1].rstrip(")")) from e
+    videos = []
+    others = []
+    seen = set()
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop(0)
+        place = os.path.realpath(path)
+        if place in seen:
+            continue
+        seen.add(place)
+        if path.is_dir():
+            try:
+                inside = sorted(path.iterdir())
+            except OSError:
+                others.append(path)
+                continue
+            pictures = numbered_pictures(path)
+            if len(pictures) >= shortest:
+                videos.append(path)
+                inside = [file for file in inside if file not in set(pictures)]
+            waiting = inside + waiting
+        # anything else than a file, such as a named pipe, could keep us waiting for ever
+        elif path.is_file() and (path in paths or path.suffix.lower() in FILMS):
+            videos.append(path)
+        else:
+            others.append(path)
+    return videos, others
 
 
-def build_videos(root, videos, size, fps, shortest, overwrite):
-    """Make a data set of a video file, or of every .mp4 and .gif file below a folder.
+def numbered_pictures(folder):
+    """The pictures in a folder whose names end in a number, in the order of their numbers."""
+    found = []
+    for file in folder.iterdir():
+        number = re.search(r"\d+$", file.stem)
+        if number and file.suffix.lower() in PICTURES and file.is_file():
+            found.append((int(number[0]), file.name, file))
+    return [file for _, _, file in sorted(found)]
 
-    Frames are cropped to a square, scaled to `size` pixels and resampled to `fps`. The end of each
-    video is held out, see `add_video`. A video that cannot be read, or has less than `shortest`
-    frames, is named, skipped and counted.
-    """
-    if not videos.exists():
-        stop(f"{videos} does not exist")
-    if videos.is_file():
-        files = [videos]
+
+# ............................................................ pictures
+
+
+def fitted(image, height, width, fit):
+    """An image of Pillow, of any kind, as pixels (height, width, 3) uint8. fit: see --fit."""
+    from PIL import Image, ImageOps
+    # 16-bit and float images: white is 1, 255 or 65535, the first that no pixel exceeds
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        white = 65535 if image.mode[0] == "I" else white_of(values)
+        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    # each pixel is the mean of those that it stands for
+    if fit == "crop":
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
+    elif fit == "pad":
+        image = ImageOps.pad(image, (width, height), Image.Resampling.BOX)
     else:
-        files = [p for p in sorted(videos.rglob("*")) if p.suffix.lower() in (".mp4", ".gif")]
-    if not files:
-        stop(f"no .mp4 or .gif in {videos}")
+        image = image.resize((width, height), Image.Resampling.BOX)
+    return np.array(image)
+
+
+def white_of(values):
+    """Which number stands for white in an array: 1, 255, or 65535."""
+    top = values.max()
+    return next((white for white in (1, 255, 65535) if top <= white), top)
+
+
+def read_picture(path, height, width, fit="crop"):
+    """Any image file as pixels (height, width, 3) uint8, upright. Raises Unreadable."""
+    from PIL import Image, ImageOps
+    large = 8 * max(height, width)
+    # every kind of image raises exceptions of its own
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of pictures of more than 89 million pixels
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                # a large picture is scaled down roughly while it is read
+                image.thumbnail((large, large), Image.Resampling.BOX)
+                # phones store how they were held
+                return fitted(ImageOps.exif_transpose(image), height, width, fit)
+    except Exception as e:
+        raise Unreadable(reason(e)) from e
+
+
+# ............................................................ frames
+
+
+def read_video(path, how):
+    """Yields the frames of a video, each (H, W, 3) uint8, how.fps of them a second.
+
+    Raises Unreadable where it is damaged, after the frames before the damage.
+    """
+    if path.is_dir():
+        pictures = numbered_pictures(path)
+        for i in in_time(len(pictures), how):
+            yield read_picture(pictures[i], how.height, how.width, how.fit)
+    elif path.suffix.lower() == ".npy":
+        yield from read_array(path, how)
+    else:
+        yield from read_film(path, how)
+
+
+def in_time(count, how):
+    """Which of `count` pictures, how.from_fps of them a second, make a video of how.fps?
+
+    It takes the ones that ffmpeg would take of a film.
+    """
+    step = how.from_fps / how.fps
+    for k in range(round(count / step)):
+        yield min(count - 1, math.ceil((k + 0.5) * step) - 1)
+
+
+def open_array(path):
+    """An array (T, H, W, 3) of a .npy file, mapped into memory. Raises Unreadable."""
+    try:
+        film = np.load(path, mmap_mode="r", allow_pickle=False)
+    # numpy raises half a dozen types, as the damage may be
+    except Exception as e:
+        raise Unreadable(reason(e)) from e
+    if film.ndim != 4 or film.shape[3] != 3 or not film.size or film.dtype.kind not in "uif":
+        raise Unreadable(f"its shape is {film.shape} of {film.dtype}, not (T, H, W, 3) of numbers")
+    return film
+
+
+def read_array(path, how):
+    """`read_video` for a .npy file of bytes or other numbers, white being 1, 255 or 65535."""
+    from PIL import Image
+    film = open_array(path)
+    white = 255 if film.dtype == np.uint8 else white_of(film)
+    for i in in_time(len(film), how):
+        pixels = np.nan_to_num(film[i] / white * 255).clip(0, 255).astype(np.uint8)
+        yield fitted(Image.fromarray(pixels), how.height, how.width, how.fit)
+
+
+def ffmpeg(path, *filters):
+    """What ffmpeg makes of a film: first a dictionary about it, then its frames as bytes."""
+    import imageio_ffmpeg
+    # it would warn that the frames have another size than the film
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
+    # a playlist, which may call itself film.mp4, reaches for nothing in the network
+    return imageio_ffmpeg.read_frames(os.path.abspath(path),
+                                      input_params=["-protocol_whitelist", "file"],
+                                      output_params=list(filters))
+
+
+def read_film(path, how):
+    """`read_video` for a file that ffmpeg reads."""
+    W, H = how.width, how.height
+    # dar and sar: the shape of the picture and of its pixels, width to height
+    fits = dict(
+        crop=f"crop='min(iw,ih*{W}/{H}/sar)':'min(ih,iw*sar*{H}/{W})',scale={W}:{H}:flags=area",
+        pad=f"scale='min({W},max(1,round({H}*dar)))':'min({H},max(1,round({W}/dar)))':flags=area,"
+            f"format=rgb24,pad={W}:{H}:(ow-iw)/2:(oh-ih)/2",
+        squash=f"scale={W}:{H}:flags=area")
+    frames = ffmpeg(path, "-vf", f"fps={how.fps},{fits[how.fit]}")
+    # the reader raises many types
+    try:
+        next(frames)
+        for pixels in frames:
+            yield np.frombuffer(pixels, np.uint8).reshape(H, W, 3)
+    except Exception as e:
+        raise Unreadable(reason(e)) from e
+    finally:
+        frames.close()
+
+
+def look_at(path, how):
+    """The height and the width of a video's pictures, and about how many frames it will give.
+
+    Raises Unreadable.
+    """
+    # the reader raises many types
+    try:
+        if path.is_dir():
+            from PIL import Image
+            pictures = numbered_pictures(path)
+            with Image.open(pictures[0]) as image:
+                width, height = image.size
+            return height, width, len(list(in_time(len(pictures), how)))
+        if path.suffix.lower() == ".npy":
+            count, height, width, _ = open_array(path).shape
+            return height, width, len(list(in_time(count, how)))
+        frames = ffmpeg(path)
+        about = next(frames)
+        frames.close()
+        width, height = about["size"]
+        return height, width, round(about["duration"] * how.fps)
+    except Exception as e:
+        raise Unreadable(reason(e)) from e
+
+
+# ............................................................ episodes
+
+
+def episodes_of(frames, how, found):
+    """Of the frames of a video those that are kept. Yields (does an episode begin?, frame).
+
+    A cut ends an episode: the colours of the picture change at once, as they did not before. A
+    pause in which nothing moves is shortened, so that no clip consists of it (--keep-still keeps
+    it). found["cuts"] and found["still"] count cuts and the frames left out.
+    """
+    last = None         # the last frame that was kept
+    lately = 0.0        # how much the colours changed in the frames before
+    rest = 0            # for how many frames nothing has moved
+    for frame in frames:
+        # how many pixels have each of 64 colours?
+        index = (frame >> 6) @ np.array([16, 4, 1], np.uint8)       # (H, W)
+        colours = np.bincount(index.flat, minlength=64) / index.size
+        begins = last is None
+        if last is not None:
+            moves = np.abs(frame.astype(np.int16) - last).max() > STILL
+            rest = 0 if moves else rest + 1
+            if rest > how.shortest - 2 and not how.keep_still:
+                found["still"] += 1
+                continue
+            change = np.abs(colours - before).sum() / 2
+            begins = change > CUT and change > SUDDEN * lately
+            found["cuts"] += int(begins)
+            lately = 0.0 if begins else max(change, 0.9 * lately)
+        last = frame
+        before = colours
+        yield begins, frame
+
+
+def read_once(path, folder, how, bar):
+    """Read a video into a file of `folder`, unless that was done before an interruption.
+
+    Returns a dictionary: its `file`, the `lengths` of its episodes, how many `frames` were read,
+    the counts of `episodes_of`, and `why` no more could be read ("" if all was).
+    """
+    # a video is known by its place, size and date, and by what is made of it
+    stats = [file.stat() for file in (numbered_pictures(path) if path.is_dir() else [path])]
+    known = [os.path.realpath(path), [(s.st_size, s.st_mtime_ns) for s in stats], how]
+    file = folder / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.u8"
+    done = file.with_suffix(".json")
+    if done.exists():
+        found = json.loads(done.read_text())
+        bar.update(found["frames"])
+        return found
+    found = dict(file=file.name, lengths=[], frames=0, cuts=0, still=0, why="")
+    lengths = found["lengths"]
+    size = how.height * how.width * 3
+
+    def counted():
+        for frame in read_video(path, how):
+            bar.update()
+            found["frames"] += 1
+            yield frame
+
+    with open(file, "wb") as f:
+        try:
+            for begins, frame in episodes_of(counted(), how, found):
+                # an episode too short for a clip is overwritten by the next one
+                if begins and lengths and lengths[-1] < how.shortest:
+                    lengths.pop()
+                    f.seek(sum(lengths) * size)
+                if begins:
+                    lengths.append(0)
+                f.write(frame.tobytes())
+                lengths[-1] += 1
+        except Unreadable as e:
+            found["why"] = f": {e}"
+        if lengths and lengths[-1] < how.shortest:
+            lengths.pop()
+        f.truncate(sum(lengths) * size)
+    write_json(done, found)
+    return found
+
+
+# ............................................................ a data set of them
+
+
+def hold_out(lengths):
+    """Which videos are held out, of videos of these lengths: a set of indices.
+
+    Whole videos, at least one, that come near to a tenth of all frames. None of a single video, nor
+    where they would be less than a hundredth.
+    """
+    missing = tenth = sum(lengths) / 10
+    # in some order that is always the same
+    left = np.random.default_rng(0).permutation(len(lengths)).tolist()
+    held = set()
+    while len(left) > 1 and (not held or missing > tenth / 4):
+        far = [abs(lengths[i] - missing) for i in left]
+        i = left.pop(int(np.argmin(far)))
+        held.add(i)
+        missing -= lengths[i]
+    few = sum(lengths[i] for i in held) < tenth / 10
+    return set() if few else held
+
+
+def build_videos(root, paths, how, overwrite):
+    """Make a data set of videos, or of all videos in folders. See `find_videos`.
+
+    A video that cannot be read, or has no episode of how.shortest frames, is named, skipped and
+    counted. A second run after an interruption reads no video again that was read to its end.
+    """
+    for path in paths:
+        if not path.exists() and not path.is_symlink():
+            stop(f"{path} does not exist")
+    videos, others = find_videos(paths, how.shortest)
+    if others:
+        names = ", ".join(str(path) for path in others[:20])
+        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
+        print(f"{len(others)} that are no videos: {names}{more}", file=sys.stderr)
+    where = ", ".join(str(path) for path in paths)
+    if not videos:
+        stop(f"no video in {where}: no file with the ending of one, such as .mp4 or .gif, and no "
+             f"folder with {how.shortest} numbered pictures")
 
     def fill(folder):
-        lengths = dict(train=[], valid=[])
-        skipped = 0
-        with open(folder / "train.u8", "w+b") as train, open(folder / "valid.u8", "wb") as valid:
-            for file in tqdm(files, desc="reading videos", unit="video", dynamic_ncols=True):
-                trained, held = add_video(file, train, valid, size, fps, shortest)
-                if trained:
-                    lengths["train"].append(trained)
-                else:
-                    skipped += 1
-                if held:
-                    lengths["valid"].append(held)
-        if not lengths["valid"]:
-            stop(f"of {len(files)} videos in {videos}, {skipped} could not be used and none has "
-                 f"{2 * shortest} frames, the least that gives both a training and a validation "
-                 "clip")
-        print(f"{len(files) - skipped} videos used, {skipped} skipped; "
-              f"frames: {sum(lengths['train'])} to train on, {sum(lengths['valid'])} held out")
-        return dict(frame=[size, size, 3], fps=fps, episodes=lengths)
+        (folder / READ).mkdir(exist_ok=True)
+        try:
+            found = read_all(videos, folder / READ, how)
+        except KeyboardInterrupt:
+            end_bars()
+            print("interrupted; the same command goes on, and reads no finished video again",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
+        used = [f for f in found if f["lengths"]]
+        frames = [sum(f["lengths"]) for f in used]
+        if len(used) < 2 and sum(frames) < 2 * how.shortest:
+            shutil.rmtree(folder / READ)
+            stop(f"of {len(videos)} videos in {where}, {len(videos) - len(used)} could not be "
+                 f"used, and what is left has not the {2 * how.shortest} frames that give both a "
+                 "training and a validation clip")
+        held = hold_out(frames)
+        lengths = join(folder, used, held, how)
+        name_split = f"{len(held)} whole videos" if held else "the end of the longest video"
+        print(f"{len(used)} videos used, {len(videos) - len(used)} skipped, {len(others)} files "
+              f"that are no videos; frames: {sum(lengths['train'])} to train on, "
+              f"{sum(lengths['valid'])} held out ({name_split}); {sum(f['cuts'] for f in found)} "
+              f"cuts; {sum(f['still'] for f in found)} frames left out in which nothing moved")
+        size = f"{how.height}x{how.width}"
+        source = (f"videos in {where} at {size} pixels, {how.fps} frames/s, "
+                  f"{checksum(folder / 'train.u8'):08x}")
+        return dict(source=source, frame=[how.height, how.width, 3], fps=how.fps, episodes=lengths)
 
-    source = f"videos in {videos} at {size} pixels, {fps} frames/s"
-    build(root, overwrite, dict(source=source), fill)
+    build(root, overwrite, {}, fill)
 
 
-def add_video(file, train, valid, size, fps, shortest):
-    """Append the frames of one video to the open files `train` and `valid`.
+def read_all(videos, folder, how):
+    """`read_once` for each of the videos, with a bar. What cannot be used is named."""
+    # what is ahead?
+    ahead = {}
+    for path in tqdm(videos, desc="looking at videos", unit="video", dynamic_ncols=True):
+        try:
+            ahead[path] = look_at(path, how)
+        # it will be named when it is read
+        except Unreadable:
+            continue
+    shapes = {height / width for height, width, _ in ahead.values()}
+    want = how.height / how.width
+    lost = [1 - min(shape, want) / max(shape, want) for shape in shapes] or [0]
+    what = dict(crop=f"cuts off {max(lost):.0%} of the picture",
+                pad=f"loses nothing, and leaves {max(lost):.0%} of the frame black",
+                squash=f"loses nothing, and squeezes one side by {max(lost):.0%}")
+    most = "" if len(shapes) < 2 else f", of the {len(shapes)} shapes the one that fits worst"
+    print(f"--fit {how.fit} {what[how.fit]}{most}")
+    # read them
+    found = []
+    total = sum(frames for _, _, frames in ahead.values())
+    with tqdm(total=total, desc="reading videos", unit="frame", dynamic_ncols=True) as bar:
+        for path in videos:
+            f = read_once(path, folder, how, bar)
+            found.append(f)
+            if not f["lengths"]:
+                moving = " in which something moves" if f["still"] else ""
+                tqdm.write(f"skipped {path}: it has no {how.shortest} frames in a row{moving} at "
+                           f"{how.fps} frames/s{f['why']}", file=sys.stderr)
+            elif f["why"]:
+                tqdm.write(f"used only {f['frames']} frames of {path}{f['why']}", file=sys.stderr)
+    return found
 
-    The last tenth is held out, but at least `shortest` frames, and nothing of a video that has not
-    twice as many. Returns how many frames were added to each; (0, 0) if the video was skipped.
+
+def join(folder, used, held, how):
+    """Write train.u8 and valid.u8 from what was read. Returns the lengths of their episodes.
+
+    used: what `read_once` returned. held: the indices of those that are held out. If there are
+    none, it is the end of the longest: a tenth of all frames, but at least how.shortest.
     """
-    start = train.tell()
-    count = 0
-    why = ""
-    # write all frames to `train`; of a damaged video, those before the damage
-    try:
-        for frame in read_video(file, size, fps):
-            train.write(frame.tobytes())
-            count += 1
-    except Unreadable as e:
-        why = f": {e}"
-    if count < shortest:
-        tqdm.write(f"skipped {file}, {count} frames at {fps} frames/s, fewer than {shortest}{why}",
-                   file=sys.stderr)
-        train.seek(start)
-        train.truncate()
-        return 0, 0
-    if why:
-        tqdm.write(f"used only {count} frames of {file}{why}", file=sys.stderr)
-    # move the end of the video from `train` to `valid`
-    held = max(count // 10, shortest) if count >= 2 * shortest else 0
-    cut = start + (count - held) * size * size * 3
-    train.seek(cut)
-    shutil.copyfileobj(train, valid)
-    train.seek(cut)
-    train.truncate()
-    return count - held, held
+    size = how.height * how.width * 3
+    frames = [sum(f["lengths"]) for f in used]
+    longest = int(np.argmax(frames))
+    # the frame of the longest video where the held-out end begins
+    cut = frames[longest] - max(sum(frames) // 10, how.shortest)
+    lengths = dict(train=[], valid=[])
+    with open(folder / "train.u8", "wb") as train, open(folder / "valid.u8", "wb") as valid:
+        files = dict(train=train, valid=valid)
+        for i, f in enumerate(used):
+            with open(folder / READ / f["file"], "rb") as read:
+                end = 0
+                for length in f["lengths"]:
+                    first = end
+                    end += length
+                    parts = [("valid" if i in held else "train", first, end)]
+                    if not held and i == longest:
+                        middle = min(max(cut, first), end)
+                        parts = [("train", first, middle), ("valid", middle, end)]
+                    for split, a, b in parts:
+                        # what the cut leaves may be too short for a clip
+                        if b - a < how.shortest:
+                            continue
+                        lengths[split].append(b - a)
+                        read.seek(a * size)
+                        for _ in range(b - a):
+                            files[split].write(read.read(size))
+    return lengths
 
 
 # ------------------------------------------------------------------------------- reading a data set
 
 AGAIN = "make the data again by the command that made them, and --overwrite"
+
+
+def checksum(path):
+    """The CRC-32 of a file, computed once in a process unless the file changes."""
+    stat = path.stat()
+    return crc32(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def crc32(path, size, written):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_meta(root):
+    """meta.json of a data set. Raises ValueError, KeyError or TypeError where it is none."""
+    meta = json.loads((root / "meta.json").read_text())
+    lengths = [n for episodes in meta["episodes"].values() for n in episodes]
+    fine = dict(
+        source=isinstance(meta["source"], str),
+        frame=len(meta["frame"]) == 3 and meta["frame"][2] == 3,
+        episodes=meta["episodes"].keys() >= {"train", "valid"},
+        numbers=all(type(n) is int and n > 0 for n in (*meta["frame"], *lengths)),
+    )
+    wrong = [name for name, good in fine.items() if not good]
+    if wrong:
+        raise ValueError(f"meta.json has no valid {wrong[0]}")
+    return meta
 
 
 class Clips:
@@ -616,7 +1021,7 @@ class Clips:
         self.path = root / f"{split}.u8"
         # open the files, and see whether they fit together
         try:
-            self.meta = json.loads((root / "meta.json").read_text())
+            self.meta = read_meta(root)
             shape = self.meta["frame"]
             lengths = self.meta["episodes"][split]
             self.frames = np.memmap(self.path, np.uint8, "r").reshape(-1, *shape)   # (F, H, W, C)
@@ -624,12 +1029,16 @@ class Clips:
             if len(self.frames) != sum(lengths):
                 raise ValueError(f"{self.path.name} holds {len(self.frames)} frames, "
                                  f"meta.json says {sum(lengths)}")
-        except OSError:
+            # data sets of old have no checksum
+            if self.meta.get("crc32", {}).get(split, checksum(self.path)) != checksum(self.path):
+                raise ValueError(f"{self.path.name} was changed since it was made")
+        except (FileNotFoundError, NotADirectoryError):
             how = "python data.py"
             if root.name != "platformer":
                 how += f" --videos FOLDER --name {root.name}"
             stop(f"{root} is no data set; make one with: {how}")
-        except (ValueError, KeyError, TypeError) as e:
+        # JSON that is nested without end is a RecursionError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             stop(f"{root} is damaged ({e}); {AGAIN}")
         # where may a clip start? an episode is known by its first frame and the one after its last
         self.episodes = []
@@ -706,8 +1115,14 @@ def true_actions(root, split):
     if not path.exists():
         return None
     try:
+        lengths = read_meta(Path(root))["episodes"][split]
         with np.load(path) as f:
-            return f[f"{split}_action"], f[f"{split}_same"], f[f"{split}_seed"]
+            buttons, same, seeds = (f[f"{split}_{name}"] for name in ("action", "same", "seed"))
+        if same.shape != (sum(lengths), 6) or buttons.shape != same.shape[:1]:
+            raise ValueError("another number of frames")
+        if len(seeds) != len(lengths) or buttons.dtype != np.uint8 or buttons.max() > 5:
+            raise ValueError("no buttons")
+        return buttons, same, seeds
     except Exception as e:
         # numpy raises half a dozen types, as the damage may be
         stop(f"{path} is damaged ({type(e).__name__}); {AGAIN}")
@@ -774,33 +1189,56 @@ def contact_sheet(root, path):
     save_picture(path, rows, "four training clips, four held-out clips, every other frame")
 
 
+def frame_size(text):
+    """--frame-size as (height, width): 64 is 64x64."""
+    sides = [int(side) for side in text.lower().split("x")]
+    height, width = sides if len(sides) == 2 else sides * 2
+    return height, width
+
+
 def read_arguments(argv):
     """The command line as a namespace. Ends with one sentence if it makes no sense."""
     # without a usage line, --help opens with what the command does
     p = new_parser(__doc__)
     add = p.add_argument
-    add("--videos", type=Path,
-        help="folder of .mp4 / .gif, or one file (default: the built-in game)")
+    add("--videos", type=Path, nargs="+", metavar="PATH",
+        help="films (whatever ffmpeg reads), .npy arrays (T, H, W, 3), and folders of them, or of "
+             "numbered .png / .jpg pictures (default: the built-in game)")
     add("--name", help="becomes data/NAME (default: platformer, or the name of the folder)")
     add("--episodes", type=int, default=640,
         help="training levels of the built-in game (default: %(default)s)")
     add("--frames", type=int, default=200, help="frames in each of them (default: %(default)s)")
-    add("--frame-size", type=int, default=64,
-        help="own videos: pixels along a side of a frame (default: %(default)s)")
+    add("--frame-size", type=frame_size, default=(64, 64), metavar="SIZE",
+        help="own videos: pixels of a frame, 64 or, height x width, 48x80 (default: 64)")
+    add("--fit", choices=("crop", "pad", "squash"), default="crop",
+        help="own videos of another shape: cut off what is too much, add black borders, or "
+             "squeeze (default: %(default)s)")
     add("--fps", type=int, default=10, help="own videos: frames per second (default: %(default)s)")
+    add("--from-fps", type=int,
+        help="frames per second of numbered pictures and arrays (default: those of --fps)")
+    add("--keep-still", action="store_true",
+        help="own videos: keep clips in which nothing moves")
     add("--seed", type=int, default=0, help="another seed, other levels (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a data set of that name")
     add("--show", action="store_true", help="only write a contact sheet, data/NAME/sheet.png")
     args = p.parse_args(argv)
-    if args.seed < 0 or args.fps < 1 or args.frame_size < 8:
-        stop("--seed must not be negative, --fps at least 1, --frame-size at least 8")
-    if not args.show and not args.videos and (args.episodes < 1 or args.frames < 17):
-        stop("--episodes must be at least 1 and --frames at least 17")
+    args.from_fps = args.from_fps or args.fps
+    if not 0 <= args.seed <= 10 ** 9:
+        stop("--seed must not be negative, and at most a billion")
+    if not all(1 <= fps <= 240 for fps in (args.fps, args.from_fps)):
+        stop("--fps and --from-fps must be from 1 to 240")
+    if not all(8 <= side <= 1024 for side in args.frame_size):
+        stop("--frame-size must be from 8 to 1024 pixels a side")
+    # levels of one kind must not run into those of the next
+    if not args.show and not args.videos:
+        if not 1 <= args.episodes <= 500_000 or not 17 <= args.frames <= 100_000:
+            stop("--episodes must be from 1 to 500000, and --frames from 17 to 100000")
     if not args.name:
-        path = args.videos.resolve() if args.videos else Path("platformer")
+        path = Path(os.path.abspath(args.videos[0])) if args.videos else Path("platformer")
         args.name = path.stem if path.is_file() else path.name
-    if Path(args.name).name != args.name or args.name in ("", ".", ".."):
-        stop(f"--name {args.name!r} cannot be the name of a folder; choose a plain word")
+    if Path(args.name).name != args.name or args.name in ("", ".", "..") or len(args.name) > 100:
+        stop(f"--name {args.name[:100]!r} cannot be the name of a folder; choose a plain, short "
+             "word")
     return args
 
 
@@ -809,7 +1247,8 @@ def main(argv=None):
     root = Path("data") / args.name
     if not args.show:
         if args.videos:
-            build_videos(root, args.videos, args.frame_size, args.fps, 16, args.overwrite)
+            how = How(*args.frame_size, args.fit, args.fps, args.from_fps, args.keep_still, 16)
+            build_videos(root, args.videos, how, args.overwrite)
         else:
             build_platformer(root, args.episodes, args.frames, args.seed, args.overwrite)
     contact_sheet(root, root / "sheet.png")

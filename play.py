@@ -24,6 +24,7 @@ frame, and the tokenizer's decoder turns them into pixels. Pixels are never enco
 transformers keep what they computed of past frames (st_block.Cache), so a frame costs the same
 after an hour as at the start.
 """
+import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
 import importlib.util
 import itertools
 import json
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import dynamics as dynamics_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, FIRST, Clips, Platformer, Policy
+from data import ACTIONS, FIRST, Clips, Platformer, Policy, Unreadable, read_picture
 from st_block import (check_compiler, command, find_device, load_model, new_parser, save_picture,
                       stop, write_gif)
 
@@ -376,22 +377,12 @@ def read_scores(path):
 
 
 def read_image(path, H, W):
-    """Any image file as a frame (H, W, 3) in [0, 1]: the middle square, averaged down."""
-    import imageio.v3 as iio
-    # every image plugin raises exceptions of its own
+    """Any image file as a frame (H, W, 3) in [0, 1]: upright, its middle, averaged down."""
     try:
-        pixels = np.array(iio.imread(path, plugin="pillow", index=0, mode="RGB"))
-    except Exception as e:
-        reason = str(e).strip() or type(e).__name__
-        stop(f"cannot read the picture {path} ({reason.splitlines()[0]})")
-    image = torch.from_numpy(pixels).float() / 255                  # (height, width, 3)
-    side = min(image.shape[:2])
-    top = (image.size(0) - side) // 2
-    left = (image.size(1) - side) // 2
-    square = image[top:top + side, left:left + side]                # (side, side, 3)
-    square = square.permute(2, 0, 1)[None]                          # (1, 3, side, side)
-    small = F.interpolate(square, (H, W), mode="bilinear", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous()                   # (H, W, 3)
+        pixels = read_picture(path, H, W)
+    except Unreadable as e:
+        stop(f"cannot read the picture {path} ({e})")
+    return torch.from_numpy(pixels).float() / 255
 
 
 # ------------------------------------------------------------------------------- the window
