@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from st_block import (command, end_bars, lock, new_parser, save_picture, stop, unlock,
-                      write_json)
+from st_block import (check_writable, command, end_bars, lock, new_parser, save_picture, stop,
+                      unlock, write_json)
 
 # ------------------------------------------------------------------------------- the built-in game
 
@@ -447,9 +447,9 @@ def build(root, overwrite, source, fill):
     place = checked(Path(os.path.realpath(root)))
     part = checked(place.with_name(f".{place.name}.unfinished"))
     old = checked(place.with_name(f".{place.name}.replaced"))
+    check_writable(part)
+    lock(part)
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock(part)
         meta = fill(part) | source
         meta["crc32"] = {file.stem: checksum(file) for file in part.glob("*.u8")}
         (part / "meta.json").write_text(json.dumps(meta))
@@ -834,13 +834,18 @@ def hold_out(lengths):
     Whole videos, at least one, that come near to a tenth of all frames. None of a single video, nor
     where they would be less than a hundredth.
     """
-    missing = tenth = sum(lengths) / 10
+    tenth = sum(lengths) / 10
+    missing = tenth
     # in some order that is always the same
     left = np.random.default_rng(0).permutation(len(lengths)).tolist()
     held = set()
-    while len(left) > 1 and (not held or missing > tenth / 4):
+    while len(left) > 1:
         far = [abs(lengths[i] - missing) for i in left]
-        i = left.pop(int(np.argmin(far)))
+        i = left[int(np.argmin(far))]
+        # would one more be further from a tenth than none?
+        if held and lengths[i] > 2 * missing:
+            break
+        left.remove(i)
         held.add(i)
         missing -= lengths[i]
     few = sum(lengths[i] for i in held) < tenth / 10
@@ -860,7 +865,7 @@ def build_videos(root, paths, how, overwrite):
     if others:
         names = ", ".join(str(path) for path in others[:20])
         more = f" and {len(others) - 20} more" if len(others) > 20 else ""
-        print(f"{len(others)} that are no videos: {names}{more}", file=sys.stderr)
+        print(f"no videos, left out: {names}{more}", file=sys.stderr)
     where = ", ".join(str(path) for path in paths)
     if not videos:
         stop(f"no video in {where}: no file with the ending of one, such as .mp4 or .gif, and no "
@@ -922,6 +927,10 @@ def read_all(videos, folder, how):
         for path in videos:
             f = read_once(path, folder, how, bar)
             found.append(f)
+            # a file that was cut off ends without an error
+            _, _, expected = ahead.get(path, (0, 0, 0))
+            if not f["why"] and f["frames"] < 0.9 * expected - 1:
+                f["why"] = f": it should have had {expected}, and may be damaged"
             if not f["lengths"]:
                 moving = " in which something moves" if f["still"] else ""
                 tqdm.write(f"skipped {path}: it has no {how.shortest} frames in a row{moving} at "

@@ -80,7 +80,7 @@ def test_own_videos_and_one_that_is_broken(tmp_path, capsys):
 
 def test_a_folder_without_videos(tmp_path):
     (tmp_path / "empty").mkdir()
-    refuses("no .mp4", data.main, "--videos", "empty", cwd=tmp_path)
+    refuses("no video in", data.main, "--videos", "empty", cwd=tmp_path)
 
 
 def test_a_folder_of_broken_videos_leaves_nothing_behind(tmp_path):
@@ -132,14 +132,30 @@ def test_damaged_data(tmp_path):
     refuses("is damaged", true_actions, tmp_path)
 
 
-def test_other_videos_are_told_from_these_by_their_pixels(platformer, tmp_path):
+def test_other_frames_are_told_from_these(tmp_path):
     """The same game, seed and number of frames are not enough: the player's habits may change."""
+    data.build_platformer(tmp_path / "small", 1, 40, 0, False)
+    before = data.Clips(tmp_path / "small", "train", 16).name
+    meta = json.loads((tmp_path / "small/meta.json").read_text())
+    del meta["crc32"]
+    (tmp_path / "small/meta.json").write_text(json.dumps(meta))
+    with open(tmp_path / "small/train.u8", "r+b") as f:
+        f.write(b"\xff")
+    assert data.Clips(tmp_path / "small", "train", 16).name != before
+
+
+def test_frames_that_were_changed_anywhere(platformer, tmp_path):
+    """Somebody changed the very last one."""
+    def clips(argv):
+        data.Clips(argv[0], "train", 16)
+
     root = tmp_path / "platformer"
     shutil.copytree(platformer / "data/platformer", root)
-    before = data.Clips(root, "train", 16).name
+    clips([root])
     with open(root / "train.u8", "r+b") as f:
-        f.write(b"\xff")
-    assert data.Clips(root, "train", 16).name != before
+        f.seek(-1, os.SEEK_END)
+        f.write(bytes([f.peek(1)[0] ^ 1]))
+    refuses("train.u8 was changed", clips, root)
 
 
 # ------------------------------------------------------------------------------- flags
