@@ -1246,8 +1246,8 @@ def read_arguments(argv):
         path = Path(os.path.abspath(args.videos[0])) if args.videos else Path("platformer")
         args.name = path.stem if path.is_file() else path.name
     if Path(args.name).name != args.name or args.name in ("", ".", "..") or len(args.name) > 100:
-        stop(f"--name {args.name[:100]!r} cannot be the name of a folder; choose a plain, short "
-             "word")
+        stop(f"--name {args.name[:100]!r} cannot be the name of a folder; choose a plain word "
+             "of at most 100 letters")
     return args
 
 

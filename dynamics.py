@@ -688,12 +688,16 @@ def encode(data, tokenizer, lam, args):
     made_from = [data.name, about.st_size, about.st_mtime_ns, data.T]
     tokens_from = [*made_from, fingerprint(tokenizer)]
     actions_from = [*made_from, fingerprint(lam)] if lam else []
-    new_tokens = kept.get("tokens_of") != tokens_from
-    new_actions = lam is not None and kept.get("actions_of") != actions_from
     z, a = kept.get("tokens"), kept.get("actions")
+    # they may have been made of something else, or somebody changed them
+    shape = len(data.frames), tokenizer.tokens
+    new_tokens = (kept.get("tokens_of") != tokens_from
+                  or not fits(z, shape, len(tokenizer.vq.codebook)))
+    new_actions = lam is not None and (kept.get("actions_of") != actions_from
+                                       or not fits(a, shape[:1], len(lam.vq.codebook)))
     if new_tokens:
         z = torch.zeros(len(data.frames), tokenizer.tokens, dtype=torch.int, device=data.device)
-    if new_actions or a is None:
+    if new_actions or not fits(a, shape[:1], 1 << 14):
         a = torch.full(z.shape[:1], -1, dtype=torch.short, device=data.device)
     if not new_tokens and not new_actions:
         return z, a
@@ -730,6 +734,12 @@ def read_tokens(path, device):
     # torch.load raises half a dozen types
     except Exception as e:
         stop(f"{path} is damaged ({type(e).__name__}); delete it, and it will be made anew")
+
+
+def fits(x, shape, most):
+    """Is x a tensor of this shape, of whole numbers from -1 to most - 1?"""
+    whole = isinstance(x, torch.Tensor) and not x.is_floating_point() and x.shape == shape
+    return whole and bool((x >= -1).all() and (x < most).all())
 
 
 def clips_of(tokens, actions, starts, frames):

@@ -299,6 +299,8 @@ def load(folder, device):
         stop(f"{folder}/lam.json does not exist, and it says which code is which; write it with: "
              "python lam.py --resume (and the same --data and --run)")
 
+    check_scores(folder / "lam.json", scores, len(dynamics.codebook))
+
     # were the three stages trained on each other?
     origin = last["origin"]
     again = "train it again: python dynamics.py"
@@ -362,6 +364,9 @@ def same_data(game, data, run):
              "one with --data")
 
 
+ANEW = "write it anew with: python {}.py --resume (and the same --data and --run)"
+
+
 def read_scores(path):
     """The scores that a stage wrote to NAME.json, as a dictionary. Empty if there is no file."""
     if not path.exists():
@@ -371,9 +376,23 @@ def read_scores(path):
         if not isinstance(scores, dict):
             raise ValueError("these are no scores")
         return scores
-    except ValueError as e:
-        stop(f"{path} is damaged ({e}); write it anew with: python {path.stem}.py --resume (and "
-             "the same --data and --run)")
+    # JSON that is nested without end is a RecursionError
+    except (ValueError, RecursionError) as e:
+        stop(f"{path} is damaged ({e}); {ANEW.format(path.stem)}")
+
+
+def check_scores(path, scores, K):
+    """End the program if the scores of a LAM name codes or buttons that its K codes cannot have."""
+    # how many numbers there are, and below what each of them is
+    sizes = dict(keys=(len(ACTIONS), K), meaning=(K, len(ACTIONS)), still=(1, K))
+    for name, (count, below) in sizes.items():
+        given = scores.get(name)
+        if given is None:
+            continue
+        numbers = [given] if name == "still" else given
+        fine = isinstance(numbers, list) and len(numbers) == count
+        if not fine or not all(type(n) is int and 0 <= n < below for n in numbers):
+            stop(f"{path} is damaged ({name} is {given!r:.40}); {ANEW.format('lam')}")
 
 
 def read_image(path, H, W):
@@ -859,14 +878,14 @@ def check(args):
     """End the program if a flag has a value that makes no sense."""
     fine = [
         args.maskgit is None or args.maskgit >= 1,
-        args.temperature is None or args.temperature >= 0,
+        args.temperature in (None, 0) or 1e-3 <= args.temperature <= 1e3,
         args.fps > 0,
         args.worlds >= 1,
         0 <= args.seed <= 10 ** 9,
     ]
     if not all(fine):
-        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature and --seed "
-             "not negative (a seed at most a billion)")
+        stop("--maskgit and --worlds must be at least 1, --fps above 0, --temperature 0 or from "
+             "0.001 to 1000, and --seed not negative (at most a billion)")
 
 
 def main(argv=None):

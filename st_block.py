@@ -698,10 +698,10 @@ def settle_resumed(args, asked, stage):
         lock(args.run)
         finish_renames(args.run)
     begun = read_checkpoint(path, stage)["knobs"]
-    for name in args.knobs:
-        if name not in begun:
+    for name, (*values, _) in args.knobs.items():
+        if type(begun.get(name)) is not type(values[1]):
             stop(f"{path} was begun by another version, which knew no {flag(name)}; "
-                 "train afresh without --resume")
+                 "train afresh with --overwrite")
     for name, value in asked.items():
         if name != "steps" and begun[name] != value:
             stop(f"{flag(name)} {value} was asked for, but {path} was begun with {begun[name]}; "
@@ -852,6 +852,24 @@ CHECKPOINT = dict(stage=str, config=dict, knobs=dict, origin=dict, step=int, sec
                   curve=list, model=dict, optimizer=(dict, type(None)), fingerprint=str)
 
 
+def check_checkpoint(ckpt):
+    """Raises some error unless a checkpoint holds what the rest of the program relies on."""
+    for name, kind in CHECKPOINT.items():
+        if not isinstance(ckpt[name], kind):
+            raise TypeError(f"{name} is {ckpt[name]!r:.40}")
+    # what was it trained on?
+    names = ("data", "tokenizer", "lam") if ckpt["stage"] == "dynamics" else ("data",)
+    for name in names:
+        if not isinstance(ckpt["origin"][name], str):
+            raise TypeError(f"origin is {ckpt['origin']!r:.40}")
+    # how?
+    steps, recipe, size = (ckpt["knobs"][name] for name in ("steps", "recipe", "size"))
+    if recipe not in RECIPES or size not in SIZES:
+        raise ValueError(f"recipe {recipe}, size {size}")
+    if not 0 <= ckpt["step"] <= steps:
+        raise ValueError(f"step {ckpt['step']} of {steps}")
+
+
 def read_checkpoint(path, stage):
     """The checkpoint at `path` as a dictionary, or one sentence that says why not."""
     path = Path(path)
@@ -861,12 +879,11 @@ def read_checkpoint(path, stage):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         found = ckpt["stage"]
-        # a checkpoint of another stage is told as such
-        for name, kind in CHECKPOINT.items() if found == stage else ():
-            if not isinstance(ckpt[name], kind):
-                raise TypeError(f"{name} is {ckpt[name]!r:.40}")
-        if found == stage and not 0 <= ckpt["step"] <= ckpt["knobs"]["steps"]:
-            raise ValueError(f"step {ckpt['step']} of {ckpt['knobs']['steps']}")
+        # one of another stage is told as such
+        if found == stage:
+            check_checkpoint(ckpt)
+    except PermissionError:
+        raise
     # torch.load raises half a dozen types on a damaged file
     except Exception as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:100]

@@ -228,17 +228,18 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("main", [lam_stage.main, play.main])
-def test_who_asks_for_a_compiler_is_told_why_not(main, platformer, monkeypatch):
+def test_who_asks_for_a_compiler_is_told_why_not(main, platformer, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
-    refuses("leave out --compile on", main, "--device", "cpu", "--compile", "on", cwd=platformer)
+    refuses("leave out --compile on", main, "--device", "cpu", "--compile", "on", "--run",
+            tmp_path / "run", cwd=platformer)
 
 
 # ------------------------------------------------------------------------------- checkpoints
 
 
-WHOLE = dict(stage="tokenizer", config=dict(recipe="ours", size=3), knobs=dict(steps=3), origin={},
-             step=3, seconds=1.0, curve=[], model=dict(w=torch.zeros(9)), optimizer=None,
-             fingerprint="")
+WHOLE = dict(stage="tokenizer", config=dict(recipe="ours", size=3), origin=dict(data="films"),
+             knobs=dict(steps=3, recipe="ours", size="test"), step=3, seconds=1.0, curve=[],
+             model=dict(w=torch.zeros(9)), optimizer=None, fingerprint="")
 
 
 @pytest.mark.parametrize("content, words", [
@@ -516,11 +517,11 @@ class Encoded:
 
     def mean_colour(self, x):
         self.tokens_made += 1
-        return (255 * x.mean((2, 3, 4))).round()[..., None].expand(-1, -1, self.tokenizer.tokens)
+        return (23 * x.mean((2, 3, 4))).round()[..., None].expand(-1, -1, self.tokenizer.tokens)
 
     def change(self, x):
         self.actions_made += 1
-        return (255 * (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4))).round()
+        return (255 * (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4))).round().clamp(max=7)
 
     def encode(self):
         return dyn.encode(self.clips, self.tokenizer, self.lam, self.args)
@@ -581,6 +582,17 @@ def test_tokens_are_made_anew_for(encoded, what):
         encoded.tokenizer.vq.codebook += 1
     encoded.encode()
     assert encoded.tokens_made > made
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(5, 16, dtype=torch.int), "none",
+                                    torch.full((480, 16), 24, dtype=torch.int)])
+def test_kept_tokens_that_cannot_be_are_made_anew(encoded, tokens, tmp_path):
+    """Too few, no tensor, or a token that the vocabulary does not have."""
+    first, _ = encoded.encode()
+    kept = torch.load(tmp_path / "tokens.pt", weights_only=True)
+    torch.save(kept | dict(tokens=tokens), tmp_path / "tokens.pt")
+    second, _ = encoded.encode()
+    assert torch.equal(first, second)
 
 
 def test_kept_tokens_that_are_damaged(encoded, tmp_path):

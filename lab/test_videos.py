@@ -148,7 +148,7 @@ def test_an_array_that_is_no_film(shape, tmp_path, capsys):
     (["--fps", "0"], "from 1 to 240"),
     (["--frame-size", "4"], "from 8 to 1024"),
     (["--frame-size", "64x5000"], "from 8 to 1024"),
-    (["--name", "x" * 300], "plain, short word"),
+    (["--name", "x" * 300], "plain word of at most"),
     (["--seed", "1" * 26], "at most a billion"),
 ])
 def test_a_flag_that_makes_no_sense(flags, words, tmp_path):
