@@ -11,20 +11,10 @@ section 2 of the paper. A token never looks at every other token of the video. I
 frame (spatial attention), then at its own place in earlier frames (temporal attention, causal),
 then it passes one feed-forward layer. So T N^2 + N T^2 pairs are compared instead of (T N)^2.
 """
-import argparse
 import contextlib
-import functools
-import hashlib
-import io
-import json
-import math
 import os
-import secrets
 import signal
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 
 def leave(*_):
@@ -36,6 +26,17 @@ def leave(*_):
 # only the main thread may catch signals
 with contextlib.suppress(ValueError):
     as_before = signal.signal(signal.SIGINT, leave)
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import math
+import secrets
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
