@@ -22,6 +22,7 @@ import play
 from data import (ACTIONS, COIN, PLAYER_W, PLAYER_X, Clips, displacement, psnr,
                   standard_error, way_of)
 from dynamics import SAMPLING, delta_psnr
+from lab import coinrun
 from lab.fvd import score_fvd
 from st_block import (check_writable, command, find_device, fingerprint, load_model, new_parser,
                       stop, write_json)
@@ -440,8 +441,10 @@ def obstacle(name, game, folder):
     """Why the world of a run folder cannot have a score: a clause. None if it can."""
     if name in ("delta", "fvd") and not (folder / "lam.pt").exists():
         return f"it needs a LAM to infer actions, and {folder} has no lam.pt"
+    if coinrun.is_coinrun(game) and coinrun.obstacle(name):
+        return coinrun.obstacle(name)
     if name in ("counterfactual", "obeyed", "arrows", "hero"):
-        if not game.built_in:
+        if not game.built_in and not coinrun.is_coinrun(game):
             return "it compares with the true game, and this world was trained on other videos"
         if not game.keys or not game.meaning:
             return f"{folder}/lam.json does not say which button a code means"
@@ -469,6 +472,11 @@ def measure(name, game, lam, sampling, args):
     if args.prompts is not None:
         how["prompts"] = args.prompts
     supply = play.starts(game, args.seed, data=args.data, run=args.run, split=args.split)
+    # a world of CoinRun has another true game beside it, and in part other rulers
+    if coinrun.is_coinrun(game) and coinrun.is_installed():
+        supply = coinrun.starts(game, args.seed, args.split)
+        if name in ("obeyed", "arrows"):
+            return coinrun.score(name, game, supply, args.run, args.data, **how)
     models = game.tokenizer, game.dynamics, lam
     if name == "stages":
         return score_stages(args.run)
@@ -570,7 +578,8 @@ def main(argv=None):
         stop("none of these scores can be measured")
     if lam is not None:
         check_lam(lam, game, args.run, args.data)
-    args.split = args.split or ("test" if game.built_in else "valid")
+    has_test = game.built_in or coinrun.is_coinrun(game)
+    args.split = args.split or ("test" if has_test else "valid")
     check_writable(args.out.parent)
 
     result = dict(sampling, split=args.split, as_pressed=args.as_pressed, seed=args.seed)
