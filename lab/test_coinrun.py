@@ -4,6 +4,7 @@ Where the optional package procgen-mirror is missing, only what works without it
 """
 import builtins
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,11 @@ import pytest
 import torch
 
 import data
-from lab import coinrun
+import dynamics
+import lam
+import play
+import tokenizer
+from lab import coinrun, score
 from lab.conftest import inside, refuses
 from lab.test_score import TrueWorld, frozen, perfect
 
@@ -234,6 +239,31 @@ def test_arrow_keys_of_a_perfect_world_and_a_frozen_one(world):
     scores = coinrun.score_arrows(*world(perfect), prompts=4)
     assert scores["arrow_keys_varied"] > 0.9
     assert coinrun.score_arrows(*world(frozen), prompts=4)["arrow_keys_varied"] < 0.6
+
+
+@needs_game
+@pytest.mark.slow
+def test_a_world_of_coinrun_is_scored_and_played(small, monkeypatch, unscored, capsys):
+    """The whole path, in a few steps: lab.score has all but the hero, and play needs no true game.
+
+    The keys come from the labels. (lam.json has none here, so it gets some.)
+    """
+    monkeypatch.chdir(small)
+    monkeypatch.setitem(dynamics.PRIOR_STEPS, "test", 2)
+    flags = ["--device", "cpu", "--data", "data/few"]
+    for stage in (tokenizer, lam, dynamics):
+        stage.main([*flags, "--size", "test", "--steps", "3", "--batch", "4", "--frames", "4"])
+    known = json.loads(Path("runs/few/lam.json").read_text())
+    known |= dict(keys=[0] * 6, meaning=[0] * 8)
+    Path("runs/few/lam.json").write_text(json.dumps(known))
+    score.main([*flags, "--prompts", "2", "--maskgit", "1", "--only", "codes", "counterfactual",
+                "obeyed", "arrows", "hero"])
+    scores = json.loads(Path("runs/few/scores.json").read_text())
+    assert {"fork", "counterfactual_psnr", "obeyed.left.rest_0", "arrow_keys_varied"} <= set(scores)
+    assert scores["split"] == "test"
+    assert "no hero: it knows the hero by his colour" in capsys.readouterr().err
+    play.main([*flags, "--script"])
+    assert Path("runs/few/play.gif").exists()
 
 
 def test_the_hero_is_not_counted():
