@@ -74,10 +74,15 @@ def main(argv=None):
     model = train(args)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         scores, _ = lam_stage.score_actions(model, args)
+    # the very button, by the best constant guess
+    pressed, _, _ = true_actions(args.data, "valid")
+    scores["strict_chance"] = float(np.bincount(pressed).max() / len(pressed))
     path = args.run / "oracle.json"
     write_json(path, scores | dict(seed=args.seed, steps=args.steps))
     print(f"action_accuracy with true labels: {scores['action_accuracy']:.3f} "
           f"+- {scores['action_accuracy_se']:.3f} (chance {scores['chance']:.3f}), "
+          f"strict_accuracy {scores['strict_accuracy']:.3f} "
+          f"(chance {scores['strict_chance']:.3f}), "
           f"nmi {scores['nmi']:.3f}; all of it in {path}")
 
 

@@ -23,7 +23,7 @@ from lab.test_score import TrueWorld, frozen, perfect
 needs_game = pytest.mark.skipif(not coinrun.is_installed(),
                                 reason="the optional package procgen-mirror is not installed")
 
-# ------------------------------------------------------------------------------- without the package
+# ------------------------------------------------------------------------------ without the package
 
 
 def test_each_of_the_nine_moves_is_one_of_the_six_buttons():
