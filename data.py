@@ -456,7 +456,7 @@ def build(root, overwrite, source, fill):
         # all is on the disk before it replaces anything
         shutil.rmtree(part / READ, ignore_errors=True)
         for file in part.iterdir():
-            with open(file, "rb") as f:
+            with open(file, "r+b") as f:
                 os.fsync(f.fileno())
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -167,7 +167,8 @@ def maskgit(predict, B, N, MASK, steps, temperature=1.0, order="random", device=
 
 def sample(logits, temperature):
     """Tokens (...) from logits (..., V), each as often as softmax(logits / temperature) says."""
-    if temperature == 0:
+    # below a millionth, 0 or not, there is no other choice
+    if temperature < 1e-6:
         return logits.argmax(-1)
     # the first token whose cumulative probability reaches a random number: faster than
     # torch.multinomial, which draws a random number for each entry of the vocabulary

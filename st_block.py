@@ -1191,6 +1191,8 @@ class Run:
                 stop(f"the weights are no longer finite at step {step}; {run.path} is as it was; "
                      "try a lower --lr")
         if self.args.rank == 0:
+            # of a pair, the one that was scored first has let it go
+            lock(self.args.run)
             (path, write), *more = [run.checkpoint(step) for run in runs]
             write_atomically(path, write, *more)
         self.saved = time.time()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from play import load
-from st_block import command, new_parser, read_checkpoint, stop, write_atomically
+from st_block import command, lock, new_parser, read_checkpoint, stop, write_atomically
 
 STAGES = ("tokenizer", "lam", "dynamics")
 
@@ -47,6 +47,8 @@ def export(run, to):
              "folder")
     if is_training(to):
         stop(f"--to {to} holds a training, which would be lost; name another folder")
+    if to.exists():
+        lock(to)
     # is all there, and was it trained together?
     load(run, "cpu")
 

@@ -271,7 +271,7 @@ def test_overwriting_a_data_set_does_not_delete_its_videos(tmp_path):
 def test_two_at_once_and_a_kill(tmp_path):
     """The second is told so, and harms nothing. After kill -9 the same command goes on."""
     write_film(tmp_path / "long.mp4", film_of(2400))
-    command = [sys.executable, HERE / "data.py", "--videos", "long.mp4"]
+    command = [sys.executable, HERE / "data.py", "--videos", "long.mp4", "--fps", "240"]
     first = subprocess.Popen(command, cwd=tmp_path, env=NO_GPU, stderr=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("data/.long.unfinished/videos/*.u8")) and first.poll() is None:
