@@ -9,8 +9,8 @@ gives such clips, of 64x64 pixels. A data set is a folder of these files:
     train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end: to train on, and
                           held out to choose by
     test.u8               built-in game only: held out to report by; nothing is ever chosen on it
-    meta.json             frame size, frames per second, length of every episode, source, and a
-                          checksum of each .u8 file
+    meta.json             frame size, frames per second, length of every episode, source, and the
+                          date and a checksum of each .u8 file
     true_actions.npz      built-in game only: the buttons that the player really pressed
 No training code opens true_actions.npz. It serves to score what was discovered without it, and to
 measure how well anybody could do (python -m lab.oracle).
@@ -451,7 +451,8 @@ def build(root, overwrite, source, fill):
     lock(part)
     try:
         meta = fill(part) | source
-        meta["crc32"] = {file.stem: checksum(file) for file in part.glob("*.u8")}
+        meta["written"] = {file.stem: (file.stat().st_mtime_ns, checksum(file))
+                           for file in part.glob("*.u8")}
         (part / "meta.json").write_text(json.dumps(meta))
         # all is on the disk before it replaces anything
         shutil.rmtree(part / READ, ignore_errors=True)
@@ -598,13 +599,8 @@ def numbered_pictures(folder):
 
 
 def fitted(image, height, width, fit):
-    """An image of Pillow, of any kind, as pixels (height, width, 3) uint8. fit: see --fit."""
+    """An 8-bit image of Pillow as pixels (height, width, 3) uint8. fit: see --fit."""
     from PIL import Image, ImageOps
-    # 16-bit and float images: white is 1, 255 or 65535, the first that no pixel exceeds
-    if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        white = 65535 if image.mode[0] == "I" else white_of(values)
-        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
     image = image.convert("RGB")
     # each pixel is the mean of those that it stands for
     if fit == "crop":
@@ -617,9 +613,14 @@ def fitted(image, height, width, fit):
 
 
 def white_of(values):
-    """Which number stands for white in an array: 1, 255, or 65535."""
-    top = values.max()
+    """Which number stands for white in an array: 1, 255 or 65535, whichever none exceeds."""
+    top = np.nanmax(values)
     return next((white for white in (1, 255, 65535) if top <= white), top)
+
+
+def eight_bits(values, white):
+    """Numbers of any type as uint8, so that `white` becomes 255."""
+    return (np.nan_to_num(values) * np.float32(255 / white)).clip(0, 255).astype(np.uint8)
 
 
 def read_picture(path, height, width, fit="crop"):
@@ -632,10 +633,19 @@ def read_picture(path, height, width, fit="crop"):
             # Pillow warns of pictures of more than 89 million pixels
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # a large picture is scaled down roughly while it is read
-                image.thumbnail((large, large), Image.Resampling.BOX)
                 # phones store how they were held
-                return fitted(ImageOps.exif_transpose(image), height, width, fit)
+                if image.getexif().get(274, 1) != 1:
+                    ImageOps.exif_transpose(image, in_place=True)
+                # 16-bit integers, and floats
+                if image.mode[0] == "I":
+                    pixels = (np.asarray(image) // 257).clip(0, 255).astype(np.uint8)
+                    image = Image.fromarray(pixels)
+                elif image.mode == "F":
+                    values = np.asarray(image)
+                    image = Image.fromarray(eight_bits(values, white_of(values)))
+                # a large picture is scaled down roughly, a JPEG while it is read
+                image.thumbnail((large, large), Image.Resampling.BOX)
+                return fitted(image, height, width, fit)
     except Exception as e:
         raise Unreadable(reason(e)) from e
 
@@ -686,8 +696,8 @@ def read_array(path, how):
     film = open_array(path)
     white = 255 if film.dtype == np.uint8 else white_of(film)
     for i in in_time(len(film), how):
-        pixels = np.nan_to_num(film[i] / white * 255).clip(0, 255).astype(np.uint8)
-        yield fitted(Image.fromarray(pixels), how.height, how.width, how.fit)
+        image = Image.fromarray(eight_bits(film[i], white))
+        yield fitted(image, how.height, how.width, how.fit)
 
 
 def ffmpeg(path, *filters):
@@ -1038,8 +1048,11 @@ class Clips:
             if len(self.frames) != sum(lengths):
                 raise ValueError(f"{self.path.name} holds {len(self.frames)} frames, "
                                  f"meta.json says {sum(lengths)}")
-            # data sets of old have no checksum
-            if self.meta.get("crc32", {}).get(split, checksum(self.path)) != checksum(self.path):
+            # A file of another date may be a copy: its checksum tells, at about a second a GB.
+            # (Data sets of old have neither.)
+            date, crc = self.meta.get("written", {}).get(split, (None, None))
+            other_date = crc is not None and date != self.path.stat().st_mtime_ns
+            if other_date and checksum(self.path) != crc:
                 raise ValueError(f"{self.path.name} was changed since it was made")
         except (FileNotFoundError, NotADirectoryError):
             how = "python data.py"

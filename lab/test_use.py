@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import data
 import dynamics as dyn
@@ -137,7 +138,7 @@ def test_other_frames_are_told_from_these(tmp_path):
     data.build_platformer(tmp_path / "small", 1, 40, 0, False)
     before = data.Clips(tmp_path / "small", "train", 16).name
     meta = json.loads((tmp_path / "small/meta.json").read_text())
-    del meta["crc32"]
+    del meta["written"]
     (tmp_path / "small/meta.json").write_text(json.dumps(meta))
     with open(tmp_path / "small/train.u8", "r+b") as f:
         f.write(b"\xff")
@@ -209,6 +210,15 @@ def test_ctrl_c_is_no_traceback(capsys):
         st.command(main)
     assert stopped.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    """Not behind a progress bar that was on the screen."""
+    bar = tqdm(total=10)
+    bar.update(3)
+    with pytest.raises(SystemExit):
+        st.stop("no")
+    assert bar.disable and capsys.readouterr().err.endswith("\n")
 
 
 def no_compiler(*args, **kwargs):

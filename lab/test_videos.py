@@ -325,7 +325,7 @@ def test_patches_reach_beyond_the_frame_and_come_back():
 def test_pictures_of_phones_and_of_science(tmp_path):
     """Upright, 16-bit and float images are as bright as their 8-bit kin."""
     from PIL import Image
-    grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
+    grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)).repeat(10, 0).repeat(10, 1)
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tif")
@@ -335,6 +335,18 @@ def test_pictures_of_phones_and_of_science(tmp_path):
     expected = play.read_image(tmp_path / "8.png", 64, 64)
     for name in ("16.png", "float.tif", "turned.png"):
         assert (play.read_image(tmp_path / name, 64, 64) - expected).abs().max() < 0.01, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_picture_of_a_hundred_million_pixels(kind, tmp_path):
+    """It is read without a warning, as what it is: light on the left, dark on the right."""
+    from PIL import Image
+    pixels = np.zeros((10_000, 10_000), np.uint8)
+    pixels[:, :5000] = 200
+    Image.fromarray(pixels).save(tmp_path / f"large.{kind}")
+    x = play.read_image(tmp_path / f"large.{kind}", 64, 64)
+    assert (x[:, :31] - 200 / 255).abs().max() < 0.02 and x[:, 33:].max() < 0.02
 
 
 def test_a_picture_of_another_shape_keeps_its_middle(tmp_path):
