@@ -450,6 +450,9 @@ def build(root, overwrite, source, fill):
     check_writable(part)
     lock(part)
     try:
+        # what a killed process left, but for the videos that it had read
+        for name in FILES:
+            (part / name).unlink(missing_ok=True)
         meta = fill(part) | source
         meta["written"] = {file.stem: (file.stat().st_mtime_ns, checksum(file))
                            for file in part.glob("*.u8")}
@@ -567,16 +570,17 @@ def find_videos(paths, shortest):
             continue
         seen.add(place)
         if path.is_dir():
+            # a folder that may not be read is named with the others
             try:
-                inside = sorted(path.iterdir())
+                inside = set(path.iterdir())
             except OSError:
                 others.append(path)
                 continue
             pictures = numbered_pictures(path)
             if len(pictures) >= shortest:
                 videos.append(path)
-                inside = [file for file in inside if file not in set(pictures)]
-            waiting = inside + waiting
+                inside -= set(pictures)
+            waiting = sorted(inside) + waiting
         # anything else than a file, such as a named pipe, could keep us waiting for ever
         elif path.is_file() and (path in paths or path.suffix.lower() in FILMS):
             videos.append(path)
@@ -625,7 +629,7 @@ def eight_bits(values, white):
 
 def read_picture(path, height, width, fit="crop"):
     """Any image file as pixels (height, width, 3) uint8, upright. Raises Unreadable."""
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
     large = 8 * max(height, width)
     # every kind of image raises exceptions of its own
     try:
@@ -634,7 +638,7 @@ def read_picture(path, height, width, fit="crop"):
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 # phones store how they were held
-                if image.getexif().get(274, 1) != 1:
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                     ImageOps.exif_transpose(image, in_place=True)
                 # 16-bit integers, and floats
                 if image.mode[0] == "I":

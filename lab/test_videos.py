@@ -257,6 +257,14 @@ def test_folders_of_others_are_not_touched(tmp_path):
     assert (tmp_path / "data/own.part/diary.txt").read_text() == "mine"
 
 
+def test_what_a_killed_process_left_gets_into_no_data_set(tmp_path):
+    np.save(tmp_path / "film.npy", film_of(40))
+    (tmp_path / "data/.own.unfinished").mkdir(parents=True)
+    (tmp_path / "data/.own.unfinished/test.u8").write_bytes(b"half")
+    make(tmp_path, "--videos", "film.npy")
+    assert not (tmp_path / "data/own/test.u8").exists()
+
+
 def test_overwriting_a_data_set_does_not_delete_its_videos(tmp_path):
     np.save(tmp_path / "film.npy", film_of(40))
     make(tmp_path, "--videos", "film.npy")
