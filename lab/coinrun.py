@@ -17,7 +17,7 @@ buttons would have led to the very same next frame.
     train    levels 0 to 9,999, as in the paper, in hard mode
     valid    levels from 500,000 on
     test     levels from 750,000 on
-An episode ends where its level does: at the coin, at an enemy, in lava, or after 1,000 frames.
+An episode ends where its level does, at the coin, at an enemy or in lava, or after --frames.
 
 The second half of this file is for python -m lab.score --data data/coinrun, which plays a trained
 world beside the true game.
