@@ -363,9 +363,14 @@ def evaluate(lam, args):
     scores["code_perplexity"] = perplexity(a, K).item()
     scores["code_share"] = [round(s, 3) for s in share.tolist()]
     scores["still"] = code_of_rest(x, a)
+    # how things move under each code, and by that, without labels, which code each key may press
+    before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
+    view = displacement(before, after)                              # (B * (T-1), 2)
+    hero = view + moves_on_screen(before, after, view)
+    scores |= guess_keys(hero.cpu(), a.flatten().cpu(), K)
     # against the true buttons, which no training has seen
     found, table = score_actions(lam, args)
-    picture(lam, args.run / "lam.png", x, a, table)
+    picture(lam, args.run / "lam.png", x, a, view.view(*a.shape, 2), table)
     return scores | found
 
 
@@ -427,11 +432,89 @@ def name_codes(a, pressed, same, codes):
 
     alone = same.sum(-1, keepdims=True) == 1
     decisive = totals(a, one_hot[pressed] * alone, codes)
-    # P(code | button), and P(button | code) if all buttons were equally common
-    recall = decisive / decisive.sum(0).clip(1)
+    return mapping, meaning, best_codes(decisive)
+
+
+def best_codes(table):
+    """For each column of a table of counts (codes, n), the code that goes with it best: (n,)."""
+    # P(code | column), and P(column | code) if all columns were equally common
+    recall = table / table.sum(0).clip(1)
     precision = recall / recall.sum(1, keepdims=True).clip(1e-9)
-    keys = (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
-    return mapping, meaning, keys
+    return (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
+
+
+# the ways in which something can go: nowhere, or one of eight directions, counterclockwise
+WAYS = "·→↗↑↖←↙↓↘"
+
+
+def ways_of(moves):
+    """The ways, indices of WAYS, of moves (n, 2) in pixels right and down: an array (n,)."""
+    dx, dy = np.asarray(moves, float).T
+    # on the screen down is positive
+    eighths = np.round(np.arctan2(-dy, dx) / (math.pi / 4)).astype(int)
+    return np.where(np.hypot(dx, dy) < 1, 0, 1 + eighths % 8)
+
+
+def moves_on_screen(before, after, view, most=6):
+    """How the hero moved on the screen between two frames, both (B, H, W, C): (B, 2), pixels right
+    and down, within -most..most.
+
+    view (B, 2): how the view moved, see `displacement`. With it, that is how the hero went in his
+    world. Nobody says who the hero is: where the frames differ though the view was followed,
+    something moved, by the move that explains most of these pixels.
+    """
+    H, W = before.shape[1:3]
+    # where does the frame differ from what the view alone would show?
+    differs = torch.zeros(before.shape[:3], dtype=torch.bool, device=before.device)
+    for i, (dx, dy) in enumerate(view.tolist()):
+        seen = before[i].roll((-dy, -dx), (0, 1))                   # (H, W, C)
+        other = (after[i] - seen).square().mean(2) > 0.05 ** 2      # (H, W)
+        # what came into view tells nothing
+        known = slice(max(0, -dy), H - max(0, dy)), slice(max(0, -dx), W - max(0, dx))
+        differs[i][known] = other[known]
+    clip, row, column = differs.nonzero(as_tuple=True)              # (pixels,) each
+    now = after[clip, row, column]                                  # (pixels, C)
+    # every move; of equally good ones, a small advantage goes to the smallest
+    moves = [(dx, dy) for dx in range(-most, most + 1) for dy in range(-most, most + 1)]
+    errors = []
+    for dx, dy in moves:
+        came_from = before[clip, (row - dy) % H, (column - dx) % W]     # (pixels, C)
+        error = (now - came_from).square().mean(1).clamp(max=0.1 ** 2)  # (pixels,)
+        total = error.new_zeros(len(before)).index_add(0, clip, error)  # (B,)
+        errors.append(total + 1e-6 * (abs(dx) + abs(dy)))
+    best = torch.stack(errors).argmin(0)                            # (B,)
+    return torch.tensor(moves, device=before.device)[best]
+
+
+def guess_keys(moves, a, codes):
+    """Which codes may the arrow keys press? Guessed by how the hero goes, without labels.
+
+    moves (n, 2): how he goes in his world, pixels right and down, under codes a (n,). Returns a
+    dictionary:
+        moves   the mean move under each code
+        guess   the codes of no key, left, right, up, left+up, right+up, and of down
+        sure    for each of these, the share of its uses in which he went that way
+    """
+    a = a.numpy()
+    moves = moves.numpy()
+    table = np.zeros((codes, len(WAYS)))
+    np.add.at(table, (a, ways_of(moves)), 1)
+    best = best_codes(table)                                        # (9,)
+    share = table / table.sum(1, keepdims=True).clip(1)             # (codes, 9)
+    found = dict(moves=[], guess=[], sure=[])
+    for code in range(codes):
+        uses = moves[a == code]
+        mean = uses.mean(0) if len(uses) else np.zeros(2)
+        found["moves"].append(mean.round(1).tolist())
+    # where hardly anything goes up and sideways, up alone has to do; else what stands still
+    instead = {"↖": "↑", "↗": "↑"}
+    for way in "·←→↑↖↗↓":
+        while way != "·" and table[:, WAYS.index(way)].sum() < 0.02 * len(a):
+            way = instead.get(way, "·")
+        code = int(best[WAYS.index(way)])
+        found["guess"].append(code)
+        found["sure"].append(round(float(share[code, WAYS.index(way)]), 2))
+    return found
 
 
 def score_actions(lam, args):
@@ -477,19 +560,18 @@ def mutual_information(table):
     return float(2 * information / (entropy(rows) + entropy(columns)))
 
 
-def picture(lam, path, x, a, table):
+def picture(lam, path, x, a, view, table):
     """Write lam.png: a row for each code, which shows what it does.
 
-    x (B, T, H, W, C) and their codes a (B, T-1). Columns: how the view moved in frames that carry
-    the code, with the mean; the true buttons behind it (a row of `table`, see score_actions), or
-    where nobody knows them, what the code draws that the others do not; what the decoder makes of
+    x (B, T, H, W, C), their codes a (B, T-1), how the view moves in them (B, T-1, 2). Columns: how
+    it moved in frames that carry the code, with the mean; the true buttons behind it (a row of
+    `table`, see score_actions), or where nobody knows them, what the code draws that the others do not; what the decoder makes of
     one frame under it; and examples.
     """
     plt = pyplot_for_files()
     K = len(lam.vq.codebook)
     examples = 4
-    before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
-    moved = displacement(before, after).view(*a.shape, 2).float().cpu()     # (B, T-1, 2)
+    moved = view.float().cpu()                                      # (B, T-1, 2)
     # up to three frames of one clip, with their codes; only the last code is varied
     start = x[:1, :3].expand(K, -1, -1, -1, -1)
     every = torch.arange(K, device=a.device)[:, None]

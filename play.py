@@ -6,17 +6,22 @@
     python play.py --script             # no window: write play.gif and buttons.png
     MPLBACKEND=WebAgg python play.py    # the window in a browser, for a machine far away
 
-    1 2 3 ...     take a latent action, by the number of its code
-    arrow keys    go left and right, jump with up (for your own videos: --keys)
-    space         pause, and go on
-    u             take back a step
+    arrows, WASD  go left and right, jump with up or W
+    space         jump
+    1 2 3 ...     play a latent action, by its code's number
+    p             pause, and go on
+    .             pause, and play a single frame
+    u             take back a frame, and wait for a key
     r             back to the starting frame
     n             another starting frame
-    b             show the next frame under each code
-    s             sketch: draw on the frame with the mouse (the right button takes up a
-                  colour); s again begins a world from the drawing
-    g             start a recording; g again writes it as a GIF
-    q             quit
+    b             show what each button leads to from here
+    e             draw on the frame with the mouse (the right
+                  button takes up a colour); e again plays it
+    v             play each code as pressed, even where it can
+                  hardly come; v again: as usual
+    g             start a recording; g again writes a GIF
+    h             show these keys
+    q, Esc        quit
 
 Each frame is one step of inference (section 2.2). The key stands for a latent action, and its code
 selects a vector of the LAM's codebook. Under that vector MaskGIT fills in the tokens of the next
@@ -29,8 +34,10 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import signal
 import sys
+import textwrap
 import time
 from collections import deque
 from pathlib import Path
@@ -42,15 +49,41 @@ from tqdm import tqdm
 
 import dynamics as dynamics_stage
 import tokenizer as tokenizer_stage
-from data import ACTIONS, FIRST, Clips, Platformer, Policy, Unreadable, read_picture
+from data import ACTIONS, FIRST, Clips, Platformer, Policy, Unreadable, psnr, read_picture
+from lam import WAYS, ways_of
 from st_block import (check_compiler, command, find_device, load_model, new_parser, save_picture,
                       stop, write_gif)
 
 ASSETS = Path(__file__).parent / "assets"
-ARROWS = ("left", "right", "up", "down")
+# the keys that move, and what they stand for
+MOVES = {"left": "left", "a": "left", "right": "right", "d": "right", "up": "jump", "w": "jump",
+         " ": "jump", "down": "down", "s": "down"}
+
+# the table of keys in the docstring above, and the shortest form of it
+KEYS = textwrap.dedent(__doc__.split("\n\n")[2])
+SHORT_KEYS = """\
+arrows or WASD move   space jump   1-9 codes   p pause   . one frame   h all keys
+r restart   n new   u undo   b buttons   e draw   g record   v verbatim   q quit"""
+
+# for how many frames the strip of the window holds each code down
+AHEAD = 4
 
 # the backends of matplotlib that open a window into which `Window` can draw
 WINDOWS = ("tkagg", "qtagg", "qt5agg", "gtk3agg", "gtk4agg", "wxagg", "macosx", "webagg")
+
+# what the page of a window in a browser does otherwise than matplotlib's own: see `change_page`
+PAGE = """
+mpl.figure.prototype._init_toolbar = function () {
+    this.buttons = {};
+    this.message = document.createElement("h2");
+    this.root.appendChild(this.message);
+    this.ws.addEventListener("close", () => {
+        this.message.textContent = "The game has ended. You may close this page.";
+    });
+};
+// space and arrow keys play, and do not scroll the page
+mpl.figure.prototype._key_event_extra = function (event) { event.preventDefault(); };
+"""
 
 # the sequence of --script: a true button, and for how many frames it is held
 HELD = (("right", 10), ("right+jump", 3), ("right", 12), ("left+jump", 2), ("left", 12),
@@ -84,6 +117,12 @@ class Game:
         self.keys = scores.get("keys")
         self.meaning = scores.get("meaning")
         self.still = scores.get("still")
+        # how the hero goes under each code, in pixels, and a guess of the keys by that
+        self.moves = scores.get("moves")
+        self.guessed = scores.get("guess")
+        self.sure = scores.get("sure")
+        # the PSNR of the tokenizer on first frames of held-out videos, in dB: see `familiar`
+        self.usual = scores.get("psnr_frame_1")
         # the built-in game has no use for the down arrow: only --keys gives it a code
         self.down = None
 
@@ -92,6 +131,8 @@ class Game:
         self.world = dynamics_stage.new_world(dynamics, **sampling)
         self.decoder_cache = tokenizer.decoder.new_cache(1)
         self.undo = deque(maxlen=32)
+        # the code that led to the newest frame, as it was played: see `meant`
+        self.played = None
 
         # are codes played as pressed, even where they can hardly come?
         self.as_pressed = as_pressed
@@ -141,11 +182,30 @@ class Game:
         return None
 
     def label(self, code):
-        """The number of a code and the true button that it stands for: `3 right`, or `3`."""
+        """What a code is, as far as anybody knows: its number, the button that it stands for, and
+        the way in which the hero goes under it. Of `4 right ↘` and `8 right →`, one is a fall."""
+        words = [str(code + 1)]
         button = self.button(code)
-        if button is None:
-            return f"{code + 1}"
-        return f"{code + 1} {ACTIONS[button]}"
+        if button is not None:
+            words.append(ACTIONS[button])
+        if self.moves:
+            words.append(WAYS[ways_of(self.moves)[code]])
+        return " ".join(words)
+
+    def guess(self):
+        """Give the arrow keys the codes that lam.py guessed, where nobody knows the true buttons.
+
+        Returns a sentence that says so and how sure that is. None if there is nothing to guess.
+        """
+        if self.keys or not self.guessed:
+            return None
+        *self.keys, self.down = self.guessed
+        parts = []
+        for name, i in (("no key", 0), ("left", 1), ("right", 2), ("up", 3), ("down", 6)):
+            parts.append(f"{name} is {self.guessed[i] + 1} ({self.sure[i]:.0%} sure)")
+        given = " ".join(str(self.guessed[i] + 1) for i in (0, 1, 2, 3, 6))
+        return (f"the keys are guessed by how things move: {', '.join(parts)}; to choose them by "
+                f"hand: --keys {given}")
 
     @torch.inference_mode()
     def meant(self, code):
@@ -182,11 +242,6 @@ class Game:
         credible = likely.log() + self.similarity[code]                             # (codes,)
         return credible.masked_fill(rare, -math.inf).argmax().item()
 
-    @property
-    def played(self):
-        """The code that led to the newest frame, as it was played: see `meant`."""
-        return self.world.played.item()
-
     @torch.inference_mode()
     def reset(self, frame, true=None):
         """Begin from frame, a tensor (H, W, C) in [0, 1]; return it as the world shows it.
@@ -214,6 +269,7 @@ class Game:
         # the decoder, too, has to see every frame of the prompt
         for tokens in dynamics_stage.frames_of(z):
             self.frame = self.draw(tokens)
+        self.played = None
         return self.frame
 
     def restart(self):
@@ -228,16 +284,17 @@ class Game:
         self.decoder_cache.advance()
         return x[0, 0].cpu().numpy()                                # (H, W, C)
 
-    def next_frame(self, code):
-        """Move the world on by a frame under a pressed code; return the frame (H, W, C)."""
-        action = torch.tensor([self.meant(code)], device=self.device)
-        moment = self.world.snapshot()
+    def next_frame(self, code, moment):
+        """Move the world on by a frame under a code; return the frame (H, W, C).
+
+        moment: what `moment` says of the frame before.
+        """
         last, before = self.world.last, self.world.before
-        z = self.world.step(action)
+        z = self.world.step(torch.tensor([code], device=self.device))
         # a third frame that shows the same tells nothing new, and is not remembered: no video shows
         # a rest as long as the whole memory, and nobody knows what comes after one
         if torch.equal(z, last) and torch.equal(z, before):
-            self.world.restore(moment)
+            self.come_back(moment)
             return self.frame
         return self.draw(z)
 
@@ -245,8 +302,11 @@ class Game:
     def press(self, code, button=None):
         """Go on by one frame under a code, and return that frame (H, W, C). The true game, if
         there is one, goes on under a true button. Without a button it waits."""
-        self.undo.append(self.moment())
-        self.frame = self.next_frame(code)
+        moment = self.moment()
+        self.undo.append(moment)
+        played = self.meant(code)
+        self.frame = self.next_frame(played, moment)
+        self.played = played
         if self.true and button is not None:
             self.true.step(button)
         self.count += 1
@@ -254,32 +314,56 @@ class Game:
 
     def moment(self):
         """All that it takes to come back here: the snapshots of the world, of the decoder's cache
-        and of the true game (None if there is none), and the frame (H, W, C)."""
+        and of the true game (None if there is none), the frame (H, W, C), and the code played."""
         true = self.true.save() if self.true else None
-        return self.world.snapshot(), self.decoder_cache.snapshot(), true, self.frame
+        return self.world.snapshot(), self.decoder_cache.snapshot(), true, self.frame, self.played
 
-    @torch.inference_mode()
-    def take_back(self):
-        """Undo the last press. The game remembers 32 of them."""
-        if not self.undo:
-            return
-        world, drawn, true, self.frame = self.undo.pop()
+    def come_back(self, moment):
+        """Take back the frame since `moment`."""
+        world, drawn, true, self.frame, self.played = moment
         self.world.restore(world)
         self.decoder_cache.restore(drawn)
         if self.true:
             self.true.restore(true)
-        self.count -= 1
 
     @torch.inference_mode()
-    def every_button(self):
-        """The next frame under each code, without moving on: (K, H, W, C)."""
-        world, drawn, _, _ = self.moment()
-        frames = []
+    def take_back(self):
+        """Undo the last press. The game remembers 32 of them."""
+        if self.undo:
+            self.come_back(self.undo.pop())
+            self.count -= 1
+
+    @torch.inference_mode()
+    def every_button(self, frames=1):
+        """The frame after so many frames under each code, without moving on: (K, H, W, C)."""
+        result = []
         for code in range(self.K):
-            frames.append(self.next_frame(code))
-            self.world.restore(world)
-            self.decoder_cache.restore(drawn)
-        return np.stack(frames)
+            moments = []
+            for _ in range(frames):
+                moments.append(self.moment())
+                self.frame = self.next_frame(self.meant(code), moments[-1])
+            result.append(self.frame)
+            for moment in reversed(moments):
+                self.come_back(moment)
+        return np.stack(result)
+
+    def familiar(self):
+        """Right after `reset`: how like the training videos is the frame? One sentence, with what
+        to expect.
+
+        The tokenizer draws well what it has learned. So the measure is the PSNR of what it makes of
+        the frame, beside its PSNR on first frames of held-out videos (tokenizer.json).
+        """
+        redrawn = psnr(torch.from_numpy(self.frame), self.first).item()
+        words = f"this picture is redrawn at {redrawn:.0f} dB"
+        if self.usual is None:
+            return words
+        words += f", frames of the videos at {self.usual:.0f} dB: "
+        if redrawn > self.usual - 3:
+            return words + "it is like them, expect a world that obeys"
+        if redrawn > self.usual - 8:
+            return words + "it is somewhat unlike them, expect blur"
+        return words + "it is unlike them, expect it to dissolve"
 
 
 # ------------------------------------------------------------------------------- what a game needs
@@ -298,8 +382,9 @@ def load(folder, device):
     if not scores:
         stop(f"{folder}/lam.json does not exist, and it says which code is which; write it with: "
              "python lam.py --resume (and the same --data and --run)")
-
     check_scores(folder / "lam.json", scores, len(dynamics.codebook))
+    # and how well the tokenizer draws, if it was scored
+    scores["psnr_frame_1"] = read_scores(folder / "tokenizer.json").get("psnr_frame_1")
 
     # were the three stages trained on each other?
     origin = last["origin"]
@@ -356,6 +441,33 @@ def fresh_level(rng, split):
     return torch.from_numpy(true.frame()).float() / 255, true
 
 
+def first_start(supply):
+    """The first start of a supply at which every button does something, of a hundred.
+
+    That is open ground, as the true game sees it. Worlds that have no true game begin anywhere.
+    """
+    for frame, true in itertools.islice(supply, 100):
+        if true is None or is_open(true):
+            break
+    return frame, true
+
+
+def is_open(true):
+    """Does each button, held for six frames, move the true hero as on an endless plain?"""
+    before = true.save()
+    moves = []
+    for button in range(len(ACTIONS)):
+        heights = []
+        for _ in range(6):
+            true.step(button)
+            heights.append(before[1] - true.y)
+        # without a jump he is to end at the height at which he began
+        rise = max(heights) if button >= 3 else heights[-1]
+        moves.append((true.x - before[0], rise))
+        true.restore(before)
+    return moves == [(0, 0), (-22, 0), (22, 0), (0, 20), (-22, 20), (22, 20)]
+
+
 def same_data(game, data, run):
     """End the program unless the world of the folder run was trained on the folder data."""
     name = Clips(data, "train", 1).name
@@ -409,10 +521,15 @@ def read_image(path, H, W):
 
 class Window:
     """A matplotlib window: the world, the true game beside it if there is one, and below them a
-    strip with the next frame under each code."""
+    strip with what each button leads to.
+
+    What moves is drawn by hand, over a background that matplotlib draws once (blitting).
+    """
 
     DARK = "#16161a"
     LIGHT = "#c8c8d0"
+    PRESSED = "#ffb020"     # the code of a key that is down, and the sign of a pause
+    PLAYED = "#50e070"      # the code that is played for it
 
     def __init__(self, game, supply, fps, folder):
         """supply: see `starts`. fps: beats of the clock per second. folder: for recordings."""
@@ -430,43 +547,55 @@ class Window:
         # the digits that press codes: from the tenth on a code has none
         self.codes = [str(code + 1) for code in range(min(game.K, 9))]
         self.commands = {
-            " ": self.pause,
+            "p": self.pause,
+            ".": self.single_step,
             "u": self.take_back,
             "r": self.restart,
             "n": self.new_start,
             "b": self.try_every_code,
-            "s": self.draw_or_play,
+            "e": self.draw_or_play,
+            "v": self.verbatim,
             "g": self.record,
+            "h": self.help,
+            "q": self.quit,
+            "escape": self.quit,
         }
 
         self.paused = False
+        # was the last command an undo? Then a key that plays ends the pause
+        self.undone = False
+        # are all keys shown?
+        self.helping = False
         # the frames of a recording, if there is one
         self.film = None
-        # the frame that is being drawn on, and the colour of the brush
+        # the frame that is being drawn on, the colour of the brush, and where it was last
         self.sketch = None                                          # (H, W, C)
         self.ink = np.ones(3, np.float32)                           # (C,)
+        self.brush = None
         # when the last frames were played: their rate is shown
         self.times = deque(maxlen=21)
-        # what is on the screen: pairs of axes and a frame, the choice that led to it, the words
-        # below, and when these were written
-        self.pictures = []
+        # the choice that led to the newest frame, what is said of it, and a message besides
         self.shown = None
-        self.words = None
-        self.said = 0.0
-        # what lies behind the words, once all is drawn
+        self.message = ""
+        # what was on the screen last, and when it was drawn
+        self.seen = None
+        self.drawn = 0.0
+        # what lies behind all that moves
         self.background = None
 
         game.reset(*next(supply))
         self.lay_out()
+        self.begin()
         connect = self.figure.canvas.mpl_connect
         connect("key_press_event", self.on_press)
         connect("key_release_event", self.on_release)
         connect("button_press_event", self.on_mouse)
         connect("motion_notify_event", self.on_mouse)
+        connect("resize_event", self.fit_letters)
         connect("draw_event", self.on_draw)
 
     def lay_out(self):
-        """Make the figure: one or two large pictures, the strip, two lines of text."""
+        """Make the figure: one or two large pictures, the strip, four lines of text."""
         game = self.game
         # matplotlib's own shortcuts would swallow our keys
         for name in list(self.plt.rcParams):
@@ -475,104 +604,173 @@ class Window:
         self.plt.rcParams["toolbar"] = "None"
 
         two = game.true is not None
-        size = (9.6, 6.8) if two else (5.4, 6.8)
+        size = (9.6, 7.0) if two else (5.4, 7.0)
         self.figure = self.plt.figure("Genie", figsize=size, facecolor=self.DARK)
         grid = self.figure.add_gridspec(2, game.K, height_ratios=[5, 1], left=0.02, right=0.98,
-                                        top=0.93, bottom=0.09, wspace=0.06)
+                                        top=0.95, bottom=0.13, wspace=0.08, hspace=0.15)
+        # all text, with the room that each may take: see `fit_letters`
+        self.texts = []
         self.grey = rgba(np.full_like(game.frame, 0.1))             # (H, W, 4)
         middle = game.K // 2 if two else game.K
         self.view = self.picture(grid[0, :middle], "the learned world").axes
         self.beside = None
         if two:
             self.beside = self.picture(grid[0, middle:], "the true game, same keys").axes
-        self.strip = [self.picture(grid[1, code], game.label(code), size=8, moving=False)
-                      for code in range(game.K)]
-        font = dict(color=self.LIGHT, fontsize=9, family="monospace")
-        keys = (f"arrows / 1-{len(self.codes)}  r reset  n new  u undo  b try all  s sketch  "
-                "g record  q quit")
-        self.figure.text(0.02, 0.012, keys, **font)
-        self.text = self.figure.text(0.02, 0.045, "frame", animated=True, **font)
+            self.nothing = self.write(0.75, 0.6, "no true game for a drawing", 0.45, 0.05, 14,
+                                      ha="center")
+        # the strip, and the frames around it that light up
+        self.strip = []
+        self.lights = []
+        for code in range(game.K):
+            label = game.label(code).replace(" ", "\n", 1)
+            image = self.picture(grid[1, code], label, 0.9 / game.K, moving=False)
+            self.strip.append(image)
+            light = self.plt.Rectangle((0, 0), 1, 1, transform=image.axes.transAxes, fill=False,
+                                       linewidth=4, clip_on=False, animated=True)
+            self.lights.append(image.axes.add_patch(light))
 
-    def picture(self, cell, title, size=10, moving=True):
+        self.text = self.write(0.02, 0.066, "", 0.96, 0.055, 9, columns=78)
+        self.write(0.02, 0.01, SHORT_KEYS, 0.96, 0.055, 9, animated=False)
+        # the sign that the game waits, across the top of the pictures
+        self.sign = self.write(0.5, 0.93, "", 0.9, 0.7, 18, ha="center", va="top", weight="bold",
+                               ma="left", color=self.DARK)
+        self.sign.set_bbox(dict(facecolor=self.PRESSED, pad=8))
+        self.fit_letters()
+
+    def picture(self, cell, title, across=0.45, moving=True):
         """A grey picture in axes of its own. matplotlib never draws a moving one, `draw_pictures`
         does: here it only gives the axes their shape, and the mouse its coordinates."""
         axes = self.figure.add_subplot(cell)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(title, color=self.LIGHT, fontsize=size)
+        heading = axes.set_title(title, color=self.LIGHT, family="monospace", pad=4)
+        self.texts.append((heading, across, 0.045, 9, 0))
         return axes.imshow(self.grey, interpolation="nearest", animated=moving)
+
+    def write(self, x, y, words, across, up, most, columns=0, animated=True, **how):
+        """Put words at a place of the window. They may take the shares `across` and `up` of it, in
+        letters of at most so many points, and have room for so many columns."""
+        how = dict(color=self.LIGHT, family="monospace", animated=animated) | how
+        text = self.figure.text(x, y, words, **how)
+        self.texts.append((text, across, up, most, columns))
+        return text
+
+    def fit_letters(self, event=None):
+        """Choose the size of all letters so that no line is cut, in a window of any size."""
+        point = self.figure.dpi / 72                                # in pixels
+        for text, across, up, most, columns in self.texts:
+            lines = text.get_text().splitlines() or [""]
+            columns = max(columns, *[len(line) for line in lines], 1)
+            # matplotlib makes a letter some whole number of pixels wide, and 1.65 times as high
+            letter = max(1, int(across * self.figure.bbox.width / columns))
+            line = up * self.figure.bbox.height / len(lines)
+            # a line takes 1.3 times the height of a letter
+            text.set_fontsize(min(most, 1.64 * letter / point, line / 1.3 / point))
 
     # ............................................................ keys and mouse
 
     def on_press(self, event):
         """Obey a key that goes down. A key that plays waits for the next beat of the clock."""
-        key = event.key
+        key = plain(event.key)
         # a key that is held down comes up and goes down again, 30 times a second
         self.released.pop(key, None)
-        if key in ARROWS or key in self.codes:
+        # whoever reads the keys ends that by any of them
+        if self.helping:
+            self.helping = False
+        elif key in MOVES or key in self.codes:
             self.held.setdefault(key, False)
-        elif key == "q":
-            self.quit()
-        else:
-            if key in self.commands:
-                self.commands[key]()
-            self.show()
+            if self.undone:
+                self.paused = False
+                self.undone = False
+        elif key in self.commands:
+            self.commands[key]()
+        self.show()
 
     def on_release(self, event):
         """Note when a key comes up."""
-        # of "shift+right", it is "right" that came up
-        key = (event.key or "").rpartition("+")[2]
-        self.released[key] = time.time()
+        self.released[plain(event.key)] = time.time()
 
     def on_mouse(self, event):
         """Paint on the sketch with the left mouse button, take up a colour with another one."""
         drawing = self.sketch is not None and event.inaxes is self.view
         if not drawing or not event.button:
+            self.brush = None
             return
-        row = round(event.ydata)
-        column = round(event.xdata)
-        if event.button == 1:
-            rows = slice(max(0, row - 1), row + 2)
-            columns = slice(max(0, column - 1), column + 2)
-            self.sketch[rows, columns] = self.ink
-        else:
+        place = np.array([event.ydata, event.xdata])
+        row, column = place.round().astype(int)
+        if event.button != 1:
             self.ink = self.sketch[row, column].copy()
+        # the mouse reports a few places of a stroke: paint the line between
+        before = place if self.brush is None or event.name == "button_press_event" else self.brush
+        steps = int(abs(place - before).max()) + 1
+        for row, column in np.linspace(before, place, steps + 1).round().astype(int):
+            if event.button == 1:
+                rows = slice(max(0, row - 1), row + 2)
+                columns = slice(max(0, column - 1), column + 2)
+                self.sketch[rows, columns] = self.ink
+        self.brush = place
         self.show()
 
     def pause(self):
         self.paused = not self.paused
+        self.undone = False
+
+    def single_step(self):
+        """Play one frame under the keys that are down, and stay paused."""
+        self.paused = True
+        self.undone = False
+        if self.sketch is None:
+            self.step()
 
     def take_back(self):
         self.sketch = None
         self.paused = True
+        self.undone = True
         self.game.take_back()
 
     def restart(self):
-        self.sketch = None
         self.game.restart()
-        self.show_strip()
+        self.begin()
 
     def new_start(self):
-        self.sketch = None
         self.game.reset(*next(self.supply))
-        self.show_strip()
+        self.begin()
+
+    def begin(self):
+        """The game was reset: show what every button does from here."""
+        self.sketch = None
+        self.shown = None
+        # where no true game can show it, how like the videos is this?
+        self.message = "" if self.game.true else self.game.familiar()
+        self.try_every_code()
 
     def try_every_code(self):
-        self.show_strip(self.game.every_button())
+        """Fill the strip with what each code leads to, held for four frames."""
+        for image, frame in zip(self.strip, self.game.every_button(AHEAD)):
+            image.set_data(rgba(frame))
+        # the strip does not move: the whole window has to be drawn anew
+        self.background = None
 
     def draw_or_play(self):
         """Copy the frame, to draw on it. The second time, begin from the drawing."""
         if self.sketch is None:
             self.sketch = self.game.frame.copy()
-        else:
-            self.game.reset(torch.from_numpy(self.sketch))
-            self.sketch = None
-            self.show_strip()
+            return
+        self.game.reset(torch.from_numpy(self.sketch))
+        self.begin()
+        print(self.message)
+
+    def verbatim(self):
+        """Play codes as pressed, or again as usual."""
+        self.game.as_pressed = not self.game.as_pressed
+        self.message = "a code that can hardly come is played as a likely one"
+        if self.game.as_pressed or self.game.dynamics.prior is None:
+            self.message = "each code is played as pressed"
 
     def record(self):
         """Start a recording. The second time, write it."""
         if self.film is None:
-            self.film = [self.game.frame]
+            self.film = [side_by_side(self.game)]
             return
         # if the disk is full, game and recording go on
         try:
@@ -586,8 +784,17 @@ class Window:
             path = self.folder / f"recording-{number}.gif"
             if not path.exists():
                 break
-        write_gif(path, self.film, self.fps)
+        # a drawing has no true game beside it: its frames become as wide as the others
+        widest = max(frame.shape[1] for frame in self.film)
+        film = []
+        for frame in self.film:
+            film.append(np.pad(frame, ((0, 0), (0, widest - frame.shape[1]), (0, 0))))
+        write_gif(path, film, self.fps)
         self.film = None
+        self.message = f"{path} is written"
+
+    def help(self):
+        self.helping = True
 
     def quit(self):
         self.plt.close(self.figure)
@@ -614,24 +821,32 @@ class Window:
             self.due = max(self.due + 1 / self.fps, time.time())
             self.tick()
 
+    def waits(self):
+        """Does the world stand still?"""
+        return self.paused or self.helping or self.sketch is not None
+
     def tick(self):
         """One beat of the clock: advance the world under the keys that are down, and show it."""
-        choice = None
-        if not self.paused and self.sketch is None:
-            choice = self.choice()
-        # every key that is down has had this beat
-        self.held = dict.fromkeys(self.held, True)
-        if choice is None:
+        if self.waits():
             # a pause is not a slow frame
             self.times.clear()
+            self.forget_released_keys()
         else:
-            self.game.press(*choice)
-            self.times.append(time.time())
-            if self.film is not None:
-                self.film.append(self.game.frame)
-        # the first beat without a choice still has to wipe out the words of the last one
-        if choice is not None or self.shown is not None:
-            self.show(choice)
+            self.step()
+        # every key that is down has had this beat
+        self.held = dict.fromkeys(self.held, True)
+        self.show()
+
+    def step(self):
+        """Play a frame under the keys that are down, if they stand for a code."""
+        self.shown = self.choice()
+        if self.shown is None:
+            self.times.clear()
+            return
+        self.game.press(*self.shown)
+        self.times.append(time.time())
+        if self.film is not None:
+            self.film.append(side_by_side(self.game))
 
     def choice(self):
         """What the keys that are down stand for: a code, and its true button or None. Or None, if
@@ -644,9 +859,10 @@ class Window:
             return code, self.game.button(code)
         if self.game.keys is None:
             return None
-        if "down" in self.held and self.game.down is not None:
+        moves = [MOVES[key] for key in self.held if key in MOVES]
+        if "down" in moves and self.game.down is not None:
             return self.game.down, ACTIONS.index("none")
-        button = self.arrows()
+        button = button_of(moves)
         return self.game.keys[button], button
 
     def forget_released_keys(self):
@@ -660,70 +876,76 @@ class Window:
                 self.held.pop(key, None)
                 self.released.pop(key)
 
-    def arrows(self):
-        """The true button (an index of data.ACTIONS) for the arrow keys that are down."""
-        # of left and right, the one pressed last
-        sideways = [key for key in self.held if key in ("left", "right")]
-        parts = sideways[-1:]
-        if "up" in self.held:
-            parts.append("jump")
-        return ACTIONS.index("+".join(parts) if parts else "none")
-
     # ............................................................ drawing
 
-    def show(self, choice=None):
-        """Put the frames and the line of words on the screen. choice: what led to the frame."""
-        self.shown = choice
-        self.pictures = self.current_pictures()
-        words = self.current_words(choice)
+    def show(self):
+        """Bring the screen up to date."""
+        seen = self.sign_words(), self.words(), self.lit()
+        changed = seen != self.seen
         # letters take longer to draw than all the rest: numbers alone are renewed twice a second
-        due = choice is None or words != self.words or time.time() - self.said > 0.5
+        due = changed or self.background is None or time.time() - self.drawn > 0.5
+        # while the world stands still, there is nothing else to draw
+        if self.waits() and not due and self.sketch is None:
+            return
         if due:
-            self.words = words
-            self.said = time.time()
-            self.text.set_text(f"frame {self.game.count:4d}   {self.rate():4.1f} frames/s   "
-                               f"{words}")
-
+            self.drawn = time.time()
+            self.seen = seen
+            self.renew_letters(*seen)
         canvas = self.figure.canvas
         if self.background is None or not canvas.supports_blit:
             # the whole window has to be drawn, and `on_draw` adds what moves
             canvas.draw_idle()
             return
-        self.draw_pictures()
-        boxes = [axes.bbox for axes, _ in self.pictures]
         if due:
-            self.draw_line()
-            boxes.append(self.line)
-        for box in boxes:
-            # Qt leaves out fractions of a pixel
-            canvas.blit(box.padded(4))
+            canvas.restore_region(self.background)
+            self.draw_letters()
+        self.draw_pictures()
+        canvas.blit(self.figure.bbox)
 
-    def current_pictures(self):
-        """Pairs of axes and the frame (H, W, C) to be shown in them."""
-        game = self.game
-        pictures = [(self.view, game.frame if self.sketch is None else self.sketch)]
-        if self.beside:
-            # a world that began from a sketch has no true game
-            true = game.true.frame() / 255 if game.true else np.zeros_like(game.frame)
-            pictures.append((self.beside, true))
-        return pictures
+    def renew_letters(self, sign, words, lit):
+        """Set all that moves besides the pictures: the sign, the lines of words, the lights."""
+        self.sign.set_text(sign)
+        self.fit_letters()
+        numbers = f"frame {self.game.count:4d}   {self.rate():4.1f} frames/s   "
+        self.text.set_text(f"{self.message}\n{numbers}{words}")
+        pressed, played = lit
+        for code, light in enumerate(self.lights):
+            light.set_visible(code in lit)
+            light.set_edgecolor(self.PLAYED if code == played else self.PRESSED)
 
-    def current_words(self, choice):
+    def sign_words(self):
+        """What stands across the pictures while the game waits."""
+        if self.helping:
+            return f"{KEYS}\nany key goes on"
+        if self.undone:
+            return "PAUSED\nany key that plays goes on"
+        if self.paused:
+            return "PAUSED\np goes on, . plays one frame"
+        return ""
+
+    def words(self):
         """What goes on now, in words."""
         words = []
-        if self.paused:
-            words.append("paused")
-        if choice is not None:
-            pressed, _ = choice
-            words.append(f"code {self.game.label(pressed)}")
-            played = self.game.played
-            if played != pressed:
-                words.append(f"played as {self.game.label(played)}")
-        if self.film is not None:
-            words.append("recording")
         if self.sketch is not None:
-            words.append("drawing: s when done")
+            words.append("DRAWING: e plays it")
+        if self.film is not None:
+            words.append("RECORDING")
+        if self.shown is not None:
+            pressed, _ = self.shown
+            words.append(f"code {self.game.label(pressed)}")
+            if self.game.played not in (None, pressed):
+                words.append(f"cannot come, played as {self.game.label(self.game.played)}")
         return "   ".join(words)
+
+    def lit(self):
+        """Which codes light up: that of the keys that are down, and the one played for it."""
+        choice = self.choice()
+        if choice is None:
+            return None, None
+        pressed, _ = choice
+        if choice == self.shown and not self.waits():
+            return pressed, self.game.played
+        return pressed, None
 
     def rate(self):
         """Frames per second, over the last 20."""
@@ -734,34 +956,48 @@ class Window:
     def draw_pictures(self):
         """Give the renderer every pixel of the moving pictures. matplotlib would resample them,
         which takes ten times as long."""
+        game = self.game
+        pictures = {self.view: game.frame if self.sketch is None else self.sketch}
+        if self.beside:
+            true = game.true.frame() / 255 if game.true else np.zeros_like(game.frame)
+            pictures[self.beside] = true                            # (H, W, C)
         context = self.renderer.new_gc()
-        for axes, frame in self.pictures:
+        for axes, frame in pictures.items():
             left, bottom, right, top = axes.bbox.extents.round().astype(int)
             pixels = enlarged(frame, top - bottom, right - left)
             self.renderer.draw_image(context, left, bottom, pixels)
+        if self.beside and not game.true:
+            self.figure.draw_artist(self.nothing)
+        # the sign lies over the pictures
+        if self.sign.get_text():
+            self.figure.draw_artist(self.sign)
 
-    def draw_line(self):
-        """Draw the line of words over its background (blitting)."""
-        self.figure.canvas.restore_region(self.background)
-        self.figure.draw_artist(self.text)
-
-    def show_strip(self, frames=None):
-        """Fill the strip with frames (K, H, W, C), or with grey until somebody asks for them."""
-        for code, image in enumerate(self.strip):
-            image.set_data(self.grey if frames is None else rgba(frames[code]))
-        # the strip does not move: the whole window has to be drawn anew
-        self.background = None
+    def draw_letters(self):
+        """Draw all else that moves."""
+        for artist in (*self.lights, self.text):
+            self.figure.draw_artist(artist)
 
     def on_draw(self, event):
         """All that does not move was drawn anew. Add what moves before it gets to the screen."""
         self.renderer = event.renderer
-        # the line of words may become longer: its box reaches across the window
-        self.line = self.text.get_window_extent().padded(2)
-        self.line.x0 = self.figure.bbox.x0
-        self.line.x1 = self.figure.bbox.x1
-        self.background = self.figure.canvas.copy_from_bbox(self.line)
+        self.background = self.figure.canvas.copy_from_bbox(self.figure.bbox)
         self.draw_pictures()
-        self.draw_line()
+        self.draw_letters()
+
+
+def plain(key):
+    """The name of a key, whatever else is down: that of "shift+left" and that of "A" are plain."""
+    # a plus sign is a key, too
+    return (key or "").rpartition("+")[2].lower()
+
+
+def button_of(moves):
+    """The true button (an index of data.ACTIONS) for what the keys that are down stand for."""
+    # of left and right, the one pressed last
+    parts = [move for move in moves if move in ("left", "right")][-1:]
+    if "jump" in moves:
+        parts.append("jump")
+    return ACTIONS.index("+".join(parts) or "none")
 
 
 def can_open_window():
@@ -771,11 +1007,24 @@ def can_open_window():
         backend = plt.get_backend()
         if backend.lower() == "webagg" and not importlib.util.find_spec("tornado"):
             stop("the window in a browser needs the package tornado: pip install tornado")
+        if backend.lower() == "webagg":
+            change_page()
         plt.switch_backend(backend)
     # MPLBACKEND names one that does not work here
     except (ImportError, ValueError):
         return False
     return backend.lower() in WINDOWS
+
+
+def change_page():
+    """The page of WebAgg without its toolbar, but with a line that says when the game has ended."""
+    from matplotlib.backends.backend_webagg_core import FigureManagerWebAgg
+    usual = FigureManagerWebAgg.get_javascript()
+
+    def get_javascript():
+        return usual + PAGE
+
+    FigureManagerWebAgg.get_javascript = staticmethod(get_javascript)
 
 
 def rgba(frame):
@@ -819,21 +1068,30 @@ def play_script(game, supply, folder, worlds=1):
         for _ in range(8):
             frames.append(game.press(code))
         rows.append(torch.from_numpy(np.stack(frames)))             # (9, H, W, C)
-    names = ", ".join(game.label(code) for code in range(game.K))
     save_picture(folder / "buttons.png", rows, "the same frame, then eight frames under every "
-                 f"code; a row each: {names}")
+                 f"code; a row each: {names_of(game)}")
+
+
+def names_of(game):
+    """The labels of all codes, in a row."""
+    return ", ".join(game.label(code) for code in range(game.K))
 
 
 def scripted_frame(game, button):
     """The frame after a true button, or after some code where nobody knows what codes mean."""
     if game.keys:
-        frame = game.press(game.keys[button], button)
+        game.press(game.keys[button], button)
     else:
-        frame = game.press(button % game.K)
-    if game.true:
-        gap = np.zeros_like(frame[:, :4])
-        frame = np.concatenate([frame, gap, game.true.frame() / 255.0], 1)
-    return frame
+        game.press(button % game.K)
+    return side_by_side(game)
+
+
+def side_by_side(game):
+    """The frame of the world, and the true game beside it if there is one: (H, W, C)."""
+    if not game.true:
+        return game.frame
+    gap = np.zeros_like(game.frame[:, :4])
+    return np.concatenate([game.frame, gap, game.true.frame() / 255], 1)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -909,20 +1167,34 @@ def main(argv=None):
     asked = dict(steps=args.maskgit, temperature=args.temperature)
     sampling = {name: value for name, value in asked.items() if value is not None}
 
+    # of a frame's small operations, more threads make more work: alone on two cores a frame of the
+    # world that ships takes 12 ms with one thread and with two, beside a training 12 and 1,000,
+    # because waiting threads spin. OMP_NUM_THREADS, where somebody set it, says otherwise
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
     torch.manual_seed(args.seed)
     models = load(folder, args.device)
     game = Game(models, args.device, args.as_pressed, args.compile, **sampling)
     if args.keys:
         game.assign(*args.keys)
+    guess = game.guess()
+    if guess:
+        print(guess)
     supply = starts(game, args.seed, args.prompt, args.data, args.run)
+    supply = itertools.chain([first_start(supply)], supply)
 
     if not args.script and not can_open_window():
         print("no window can be opened (no display, or no GUI toolkit: on Linux, install "
               "python3-tk): playing a scripted sequence instead", file=sys.stderr)
         args.script = True
+    if args.prompt:
+        game.reset(*next(supply))
+        print(game.familiar())
     if args.script:
         play_script(game, supply, args.run, args.worlds)
     else:
+        print(f"{KEYS}\nthe codes: {names_of(game)}")
         Window(game, supply, args.fps, args.run).run()
 
 

@@ -47,9 +47,9 @@ def beats(window, n):
         window.tick()
 
 
-def paint(window, x, y, button=1):
+def paint(window, x, y, button=1, name="button_press_event"):
     """Touch the picture with the mouse at a pixel of the frame."""
-    window.on_mouse(SimpleNamespace(inaxes=window.view, button=button, xdata=x, ydata=y))
+    window.on_mouse(SimpleNamespace(name=name, inaxes=window.view, button=button, xdata=x, ydata=y))
 
 
 # ------------------------------------------------------------------------------- keys
@@ -133,17 +133,36 @@ def test_codes_that_this_world_has_not(window, codes):
 # ------------------------------------------------------------------------------- commands
 
 
-def test_space_pauses(window):
-    press(window, "3", " ")
+def test_wasd_and_space_are_arrow_keys(window):
+    for key, button in (("a", 1), ("D", 2), ("w", 3), (" ", 3), ("up", 3)):
+        press(window, key)
+        assert window.choice() == (window.game.keys[button], button), key
+        window.held.clear()
+
+
+def test_p_pauses_with_a_sign(window):
+    press(window, "3", "p")
     beats(window, 3)
     assert window.game.count == 0
-    assert "paused" in window.text.get_text()
-    press(window, " ")
+    assert "PAUSED" in window.sign.get_text()
+    press(window, "p")
     beats(window, 3)
     assert window.game.count == 3
+    assert not window.sign.get_text()
 
 
-def test_u_takes_back_a_step_and_waits(window):
+def test_a_point_plays_one_frame_also_with_a_key_held(window):
+    game = window.game
+    press(window, "right", ".")
+    beats(window, 3)
+    assert game.count == 1
+    assert window.shown == (game.keys[2], 2)
+    press(window, ".")
+    assert game.count == 2
+    assert "PAUSED" in window.sign.get_text()
+
+
+def test_u_takes_back_a_step_and_waits_for_a_key_that_plays(window):
     press(window, "3")
     beats(window, 3)
     third = window.game.frame
@@ -154,6 +173,63 @@ def test_u_takes_back_a_step_and_waits(window):
     beats(window, 1)
     assert window.game.count == 3
     assert "frame    3" in window.text.get_text()
+    press(window, "left")
+    beats(window, 1)
+    assert window.game.count == 4
+
+
+def test_h_shows_all_keys_and_any_key_goes_on(window):
+    press(window, "h")
+    beats(window, 2)
+    assert window.game.count == 0
+    for key in ("WASD", "space", "pause", "quit"):
+        assert key in window.sign.get_text()
+    press(window, "r")
+    beats(window, 2)
+    assert window.game.count == 2
+
+
+@pytest.mark.parametrize("key", ["q", "escape"])
+def test_q_and_escape_quit(window, key):
+    press(window, key)
+    assert not window.plt.fignum_exists(window.figure.number)
+
+
+def test_the_code_of_a_key_that_is_down_lights_up(window):
+    press(window, "right")
+    beats(window, 1)
+    lit = [code for code, light in enumerate(window.lights) if light.get_visible()]
+    assert lit == sorted({window.game.keys[2], window.game.played})
+
+
+def test_a_code_that_is_rewritten_says_so_and_v_plays_it(window, monkeypatch):
+    game = window.game
+
+    def other(code):
+        return code if game.as_pressed else 5
+
+    monkeypatch.setattr(game, "meant", other)
+    press(window, "3")
+    beats(window, 1)
+    assert "played as 6" in window.text.get_text()
+    lit = [code for code, light in enumerate(window.lights) if light.get_visible()]
+    assert lit == [2, 5]
+    press(window, "v")
+    beats(window, 1)
+    assert game.played == 2
+    assert "played as 6" not in window.text.get_text()
+
+
+@pytest.mark.parametrize("size", [(9.6, 7), (3, 3), (16, 4), (4, 9)])
+def test_no_line_is_cut_at_any_size(window, size):
+    press(window, "g", "3", "h")
+    window.figure.set_size_inches(size)
+    window.fit_letters()
+    window.figure.canvas.draw()
+    for text, *_ in window.texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0, text.get_text()
+        assert box.x1 <= window.figure.bbox.x1 and box.y1 <= window.figure.bbox.y1, text.get_text()
 
 
 def test_r_goes_back_to_the_starting_frame(window):
@@ -172,24 +248,33 @@ def test_n_begins_elsewhere(window):
     assert not torch.equal(window.game.first, first)
 
 
+def strip_of(window):
+    return [np.array(image.get_array()) for image in window.strip]
+
+
 def test_b_shows_what_every_code_would_do_and_does_nothing(window):
+    start = strip_of(window)
+    assert not all(np.array_equal(image, start[0]) for image in start), "it shows that at once"
     press(window, "3")
     beats(window, 2)
     now = window.game.frame
     press(window, "b")
     assert window.game.count == 2
     assert np.array_equal(window.game.frame, now)
-    assert not np.array_equal(window.strip[0].get_array(), window.grey)
-    press(window, "r")
-    assert np.array_equal(window.strip[0].get_array(), window.grey), "that was another frame"
+    assert not np.array_equal(strip_of(window), start)
 
 
-def test_g_records(window, tmp_path):
+def test_g_records_both_games(window, tmp_path):
     import imageio.v2 as imageio
     press(window, "g", "3")
     beats(window, 3)
+    # a drawing has no true game, and goes on in the same recording
+    press(window, "e", "e")
+    beats(window, 1)
     press(window, "g")
-    assert len(imageio.mimread(tmp_path / "recording-1.gif")) == 4
+    film = imageio.mimread(tmp_path / "recording-1.gif")
+    assert 2 <= len(film) <= 5
+    assert film[0].shape[1] == 4 * (64 + 4 + 64)
     press(window, "g", "g")
     assert (tmp_path / "recording-2.gif").exists(), "no recording replaces another"
 
@@ -206,22 +291,31 @@ def test_a_recording_outlives_a_full_disk(window, monkeypatch, capsys):
     assert window.film is not None
 
 
-def test_s_draws_and_then_begins_from_the_drawing(window):
+def test_e_draws_and_then_begins_from_the_drawing(window):
     game = window.game
     first = game.frame
-    press(window, "3", "s")
+    press(window, "3", "e")
     paint(window, 20.2, 9.6)
     beats(window, 1)
     assert game.count == 0 and np.array_equal(game.frame, first), "a sketch waits until it is done"
     drawn = window.sketch.copy()
     assert (drawn[10, 20] == 1).all() and np.array_equal(drawn[40:], first[40:])
-    press(window, "s")
+    press(window, "e")
     assert np.array_equal(game.first.numpy(), drawn)
     assert game.true is None, "no true game looks like that"
+    assert "this picture is redrawn at" in window.message
+
+
+def test_a_stroke_has_no_gaps(window):
+    press(window, "e")
+    paint(window, 10, 20)
+    paint(window, 40, 35, name="motion_notify_event")
+    middle = [(window.sketch[row, 10 + 2 * (row - 20)] == 1).all() for row in range(20, 36)]
+    assert all(middle)
 
 
 def test_the_right_button_takes_up_a_colour(window):
-    press(window, "s")
+    press(window, "e")
     colour = window.sketch[50, 30].copy()
     paint(window, 30, 50, button=3)
     paint(window, 20, 10)
@@ -230,7 +324,7 @@ def test_the_right_button_takes_up_a_colour(window):
 
 @pytest.mark.parametrize("key", ["r", "n", "u"])
 def test_another_frame_ends_the_drawing(window, key):
-    press(window, "s", key)
+    press(window, "e", key)
     assert window.sketch is None
 
 
@@ -298,6 +392,24 @@ def played(code, before=None, as_pressed=False):
     game.reset(torch.rand(32, 32, 3))
     game.press(code)
     return game.played
+
+
+def test_of_a_frame_that_is_not_remembered_the_code_is(window):
+    """The words on the screen and the strip say what was played."""
+    game = window.game
+
+    def rest(action):
+        return game.world.last
+
+    game.world.before = game.world.last
+    game.world.step = rest
+    game.as_pressed = True
+    game.press(3)
+    assert game.played == 3
+    game.press(5)
+    assert game.played == 5
+    game.take_back()
+    assert game.played == 3
 
 
 def test_a_code_that_can_come_is_played_as_pressed():
@@ -407,6 +519,13 @@ def test_a_rest_is_not_remembered(world):
     game.reset(frame)
     assert np.array_equal(moved, game.press(3))
     assert game.world.cache.now == before + 1, "what changes is remembered"
+
+
+def test_the_first_start_is_open_ground(world):
+    game = play.Game(play.load(world / "runs/platformer", "cpu"), "cpu", steps=1)
+    for seed in range(3):
+        _, true = play.first_start(play.starts(game, seed))
+        assert play.is_open(true)
 
 
 def test_own_videos_start_from_held_out_frames(platformer):
