@@ -885,6 +885,8 @@ def build_videos(root, paths, how, overwrite):
         stop(f"no video in {where}: no file with the ending of one, such as .mp4 or .gif, and no "
              f"folder with {how.shortest} numbered pictures")
 
+    announce(files, size, fps)
+
     def fill(folder):
         (folder / READ).mkdir(exist_ok=True)
         try:
@@ -934,9 +936,15 @@ def read_all(videos, folder, how):
                 squash=f"loses nothing, and squeezes one side by {max(lost):.0%}")
     most = "" if len(shapes) < 2 else f", of the {len(shapes)} shapes the one that fits worst"
     print(f"--fit {how.fit} {what[how.fit]}{most}")
+    # how much is that?
+    total = sum(frames for _, _, frames in ahead.values())
+    megabytes = total * how.height * how.width * 3 / 1e6
+    print(f"{len(ahead)} videos of {total / how.fps / 60:.1f} minutes: {total} frames, "
+          f"{megabytes:.0f} MB of disk; half an hour of video is a start. An hour of film takes up "
+          "to seven minutes to read (720p). To train takes half an hour on two cores at size "
+          "laptop, however much film there is")
     # read them
     found = []
-    total = sum(frames for _, _, frames in ahead.values())
     with tqdm(total=total, desc="reading videos", unit="frame", dynamic_ncols=True) as bar:
         for path in videos:
             f = read_once(path, folder, how, bar)

@@ -617,7 +617,16 @@ def evaluate(dynamics, args, tokenizer, lam):
         scores["code_surprise"] = surprise(dynamics, z, a).item()
     scores["code_entropy"] = perplexity(a, len(dynamics.codebook)).log().item()
     picture(dynamics, tokenizer, lam, args)
-    return scores
+    return scores | dict(verdict=verdict(scores))
+
+
+def verdict(scores):
+    """What the scores mean for whoever wants to play: one sentence."""
+    if scores["delta_psnr"] < 0.5:
+        return "the buttons do nothing yet: more --steps, if the codes of lam.py say what happens"
+    if scores["psnr_t4"] < scores["copy_psnr_t4"]:
+        return "worse than copying the last frame: the buttons do little yet; more --steps"
+    return "the buttons work: play it with play.py"
 
 
 def picture(dynamics, tokenizer, lam, args):

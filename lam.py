@@ -371,7 +371,16 @@ def evaluate(lam, args):
     # against the true buttons, which no training has seen
     found, table = score_actions(lam, args)
     picture(lam, args.run / "lam.png", x, a, view.view(*a.shape, 2), table)
-    return scores | found
+    return scores | found | dict(verdict=verdict(scores))
+
+
+def verdict(scores):
+    """What the scores mean for whoever wants to play: one sentence."""
+    if scores["lam_gain"] < 0.5 or scores["codes_in_use"] < 2:
+        return "the codes say nothing: more --steps, or more videos with varied motion"
+    if scores["psnr"] < scores["copy_psnr"]:
+        return "worse than copying the last frame: the codes say little yet; more --steps"
+    return "the codes say what happens: go on with dynamics.py"
 
 
 def code_of_rest(x, a):

@@ -167,12 +167,22 @@ def evaluate(tokenizer, args):
                  "held-out frames, their reconstruction, the absolute error")
     V = len(tokenizer.vq.codebook)
     quality = psnr(x, y)                                            # (B, 16)
-    return dict(psnr=quality.mean().item(),
-                psnr_frame_1=quality[:, 0].mean().item(),
-                copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
-                tokens_in_use=len(z.unique()) / V,
-                token_perplexity=perplexity(z, V).item(),
-                vocabulary=V)
+    scores = dict(psnr=quality.mean().item(),
+                  psnr_frame_1=quality[:, 0].mean().item(),
+                  copy_psnr=psnr(x[:, 1:], x[:, :-1]).mean().item(),
+                  tokens_in_use=len(z.unique()) / V,
+                  token_perplexity=perplexity(z, V).item(),
+                  vocabulary=V)
+    return scores | dict(verdict=verdict(scores))
+
+
+def verdict(scores):
+    """What the scores mean for whoever wants to play: one sentence."""
+    if scores["psnr"] < scores["copy_psnr"]:
+        return "worse than showing the last frame again: more --steps"
+    if scores["psnr"] < 30:
+        return "blurred, below 30 dB: more --steps, or --patch 4"
+    return "sharp enough to play"
 
 
 # ------------------------------------------------------------------------------- training

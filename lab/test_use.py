@@ -791,3 +791,57 @@ def test_a_stage_has_at_most_eight_flags_of_its_own(capsys):
     assert "--steps" in common
     for stage, known in flags.items():
         assert len(known - common) <= 8, f"{stage}: {sorted(known - common)}"
+
+
+# ------------------------------------------------------------------------------- own videos
+
+
+def draw_sprite_video(path, frames):
+    """A video of a disc that goes left, right, up and down, or rests, over a still ground."""
+    import imageio.v2 as imageio
+    rng = np.random.default_rng(0)
+    ground = np.kron(rng.integers(60, 120, (16, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    rows, columns = np.mgrid[:128, :128]
+    place = np.array([64, 64])
+    step = np.zeros(2, int)
+    with imageio.get_writer(path, fps=10, macro_block_size=1, quality=9) as video:
+        for _ in range(frames):
+            # every few frames another direction, and at the edges the way back
+            if rng.random() < 0.3:
+                step = 6 * np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)])[rng.integers(5)]
+            if ((place + step < 16) | (place + step > 112)).any():
+                step = -step
+            place = place + step
+            frame = ground.copy()
+            frame[np.hypot(rows - place[0], columns - place[1]) < 11] = (240, 60, 40)
+            video.append_data(frame)
+
+
+def place_of_disc(x):
+    """The middle of the disc in frames x (B, H, W, C): columns and rows (B, 2), in pixels."""
+    red = ((x[..., 0] > 0.6) & (x[..., 1] < 0.45)).float()          # (B, H, W)
+    places = torch.stack(torch.meshgrid(torch.arange(x.size(2)), torch.arange(x.size(1)),
+                                        indexing="xy"), -1).float()  # (H, W, 2)
+    return (red[..., None] * places).sum((1, 2)) / red.sum((1, 2))[:, None].clamp(min=1)
+
+
+@pytest.mark.slow
+def test_the_keys_of_own_videos_are_guessed(tmp_path):
+    """Of four directions, at least three get a code under which the disc goes that way."""
+    draw_sprite_video(tmp_path / "disc.mp4", 6000)
+    with inside(tmp_path):
+        data.main(["--videos", "disc.mp4", "--name", "disc"])
+        lam_stage.main(["--data", "data/disc", "--size", "test", "--device", "cpu"])
+        scores = json.loads((tmp_path / "runs/disc/lam.json").read_text())
+        m, _ = st.load_model(tmp_path / "runs/disc/lam.pt", lam_stage.build, "lam")
+        clips = data.Clips("data/disc", "train", 2)
+    x = clips.at(clips.spread(1000))
+    a = lam_stage.actions_of(m, x)[:, 0]
+    moves = place_of_disc(x[:, 1]) - place_of_disc(x[:, 0])         # (1000, 2)
+    right = 0
+    for i, way in ((1, "←"), (2, "→"), (3, "↑"), (6, "↓")):
+        uses = a == scores["guess"][i]
+        ways = lam_stage.ways_of(moves[uses])
+        usual = np.bincount(ways, minlength=9).argmax()
+        right += lam_stage.WAYS[usual] == way
+    assert right >= 3, scores
