@@ -76,7 +76,8 @@ PAGE = """
 mpl.figure.prototype._init_toolbar = function () {
     this.buttons = {};
     this.message = document.createElement("h2");
-    this.root.appendChild(this.message);
+    this.message.style.font = "bold 28px sans-serif";
+    this.root.prepend(this.message);
     this.ws.addEventListener("close", () => {
         this.message.textContent = "The game has ended. You may close this page.";
     });
@@ -195,17 +196,15 @@ class Game:
     def guess(self):
         """Give the arrow keys the codes that lam.py guessed, where nobody knows the true buttons.
 
-        Returns a sentence that says so and how sure that is. None if there is nothing to guess.
+        Returns a sentence that says so and how sure that is, or nothing.
         """
         if self.keys or not self.guessed:
-            return None
+            return ""
         *self.keys, self.down = self.guessed
         parts = []
-        for name, i in (("no key", 0), ("left", 1), ("right", 2), ("up", 3), ("down", 6)):
-            parts.append(f"{name} is {self.guessed[i] + 1} ({self.sure[i]:.0%} sure)")
-        given = " ".join(str(self.guessed[i] + 1) for i in (0, 1, 2, 3, 6))
-        return (f"the keys are guessed by how things move: {', '.join(parts)}; to choose them by "
-                f"hand: --keys {given}")
+        for key, i in {"no key": 0, "left": 1, "right": 2, "up": 3, "down": 6}.items():
+            parts.append(f"{key} plays {self.guessed[i] + 1} ({self.sure[i]:.0%} sure)")
+        return f"keys guessed by how things move (--keys says otherwise): {', '.join(parts)}"
 
     @torch.inference_mode()
     def meant(self, code):
@@ -355,15 +354,15 @@ class Game:
         the frame, beside its PSNR on first frames of held-out videos (tokenizer.json).
         """
         redrawn = psnr(torch.from_numpy(self.frame), self.first).item()
-        words = f"this picture is redrawn at {redrawn:.0f} dB"
+        words = f"this is redrawn at {redrawn:.0f} dB"
         if self.usual is None:
             return words
-        words += f", frames of the videos at {self.usual:.0f} dB: "
+        words += f", the videos at {self.usual:.0f} dB: "
         if redrawn > self.usual - 3:
-            return words + "it is like them, expect a world that obeys"
+            return words + "like them, expect it to obey"
         if redrawn > self.usual - 8:
-            return words + "it is somewhat unlike them, expect blur"
-        return words + "it is unlike them, expect it to dissolve"
+            return words + "somewhat unlike, expect blur"
+        return words + "unlike them, expect it to dissolve"
 
 
 # ------------------------------------------------------------------------------- what a game needs
@@ -674,16 +673,17 @@ class Window:
         key = plain(event.key)
         # a key that is held down comes up and goes down again, 30 times a second
         self.released.pop(key, None)
-        # whoever reads the keys ends that by any of them
-        if self.helping:
-            self.helping = False
-        elif key in MOVES or key in self.codes:
+        # any key puts the table of keys away
+        self.helping = self.helping and key == "h"
+        if key in MOVES or key in self.codes:
             self.held.setdefault(key, False)
             if self.undone:
                 self.paused = False
                 self.undone = False
         elif key in self.commands:
             self.commands[key]()
+        # whatever it did, all is drawn
+        self.seen = None
         self.show()
 
     def on_release(self, event):
@@ -726,6 +726,7 @@ class Window:
         self.sketch = None
         self.paused = True
         self.undone = True
+        self.shown = None
         self.game.take_back()
 
     def restart(self):
@@ -794,7 +795,7 @@ class Window:
         self.message = f"{path} is written"
 
     def help(self):
-        self.helping = True
+        self.helping = not self.helping
 
     def quit(self):
         self.plt.close(self.figure)
@@ -821,21 +822,20 @@ class Window:
             self.due = max(self.due + 1 / self.fps, time.time())
             self.tick()
 
-    def waits(self):
-        """Does the world stand still?"""
-        return self.paused or self.helping or self.sketch is not None
-
     def tick(self):
         """One beat of the clock: advance the world under the keys that are down, and show it."""
-        if self.waits():
+        waits = self.paused or self.helping or self.sketch is not None
+        if waits:
             # a pause is not a slow frame
             self.times.clear()
-            self.forget_released_keys()
         else:
             self.step()
+        lit = self.lit()
         # every key that is down has had this beat
         self.held = dict.fromkeys(self.held, True)
-        self.show()
+        # of a world that stands still, only the lights change
+        if not waits or self.seen is None or lit != self.seen[2]:
+            self.show()
 
     def step(self):
         """Play a frame under the keys that are down, if they stand for a code."""
@@ -881,12 +881,8 @@ class Window:
     def show(self):
         """Bring the screen up to date."""
         seen = self.sign_words(), self.words(), self.lit()
-        changed = seen != self.seen
         # letters take longer to draw than all the rest: numbers alone are renewed twice a second
-        due = changed or self.background is None or time.time() - self.drawn > 0.5
-        # while the world stands still, there is nothing else to draw
-        if self.waits() and not due and self.sketch is None:
-            return
+        due = seen != self.seen or time.time() - self.drawn > 0.5
         if due:
             self.drawn = time.time()
             self.seen = seen
@@ -907,7 +903,8 @@ class Window:
         self.sign.set_text(sign)
         self.fit_letters()
         numbers = f"frame {self.game.count:4d}   {self.rate():4.1f} frames/s   "
-        self.text.set_text(f"{self.message}\n{numbers}{words}")
+        message, news = words
+        self.text.set_text(f"{message}\n{numbers}{news}")
         pressed, played = lit
         for code, light in enumerate(self.lights):
             light.set_visible(code in lit)
@@ -924,7 +921,7 @@ class Window:
         return ""
 
     def words(self):
-        """What goes on now, in words."""
+        """A message, and what goes on now, in words."""
         words = []
         if self.sketch is not None:
             words.append("DRAWING: e plays it")
@@ -935,7 +932,7 @@ class Window:
             words.append(f"code {self.game.label(pressed)}")
             if self.game.played not in (None, pressed):
                 words.append(f"cannot come, played as {self.game.label(self.game.played)}")
-        return "   ".join(words)
+        return self.message, "   ".join(words)
 
     def lit(self):
         """Which codes light up: that of the keys that are down, and the one played for it."""
@@ -943,9 +940,7 @@ class Window:
         if choice is None:
             return None, None
         pressed, _ = choice
-        if choice == self.shown and not self.waits():
-            return pressed, self.game.played
-        return pressed, None
+        return pressed, self.game.played if choice == self.shown else None
 
     def rate(self):
         """Frames per second, over the last 20."""
@@ -1167,20 +1162,12 @@ def main(argv=None):
     asked = dict(steps=args.maskgit, temperature=args.temperature)
     sampling = {name: value for name, value in asked.items() if value is not None}
 
-    # of a frame's small operations, more threads make more work: alone on two cores a frame of the
-    # world that ships takes 12 ms with one thread and with two, beside a training 12 and 1,000,
-    # because waiting threads spin. OMP_NUM_THREADS, where somebody set it, says otherwise
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
     torch.manual_seed(args.seed)
     models = load(folder, args.device)
     game = Game(models, args.device, args.as_pressed, args.compile, **sampling)
     if args.keys:
         game.assign(*args.keys)
-    guess = game.guess()
-    if guess:
-        print(guess)
+    print(game.guess() or f"the codes: {names_of(game)}")
     supply = starts(game, args.seed, args.prompt, args.data, args.run)
     supply = itertools.chain([first_start(supply)], supply)
 
@@ -1194,9 +1181,14 @@ def main(argv=None):
     if args.script:
         play_script(game, supply, args.run, args.worlds)
     else:
-        print(f"{KEYS}\nthe codes: {names_of(game)}")
+        print(KEYS)
         Window(game, supply, args.fps, args.run).run()
 
 
 if __name__ == "__main__":
+    # Play takes one thread, unless OMP_NUM_THREADS says otherwise. The operations of a frame are
+    # small: alone on two cores, two threads are no faster than one. Beside a training, which is
+    # busy on both, two take 80 times as long, since threads that wait for each other spin
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     command(main)

@@ -122,6 +122,32 @@ def test_arrow_keys_can_be_given_codes_by_hand(window):
     assert window.choice() == (6, 0)
 
 
+def test_keys_of_own_videos_are_guessed_until_somebody_chooses(window):
+    game = window.game
+    game.guessed = [3, 1, 4, 0, 0, 0, 6]
+    game.sure = [0.9, 0.8, 0.7, 0.6, 0.6, 0.6, 0.5]
+    assert game.guess() == "", "the true buttons are known"
+    game.keys = None
+    sentence = game.guess()
+    assert "left plays 2 (80% sure)" in sentence and "down plays 7 (50% sure)" in sentence
+    press(window, "left")
+    assert window.choice() == (1, 1)
+    press(window, "s")
+    assert window.choice() == (6, 0)
+    game.assign(4, 2, 5, 1)
+    assert game.guess() == ""
+
+
+def test_codes_of_like_meaning_have_different_labels(window):
+    game = window.game
+    game.keys = None
+    game.meaning = [0, 2, 2, 1, 1, 3, 4, 5]
+    game.moves = [[0, 0], [4, 0], [3, 4], [-4, 0], [-3, 4], [0, -5], [-3, -4], [4, -4]]
+    assert game.label(1) == "2 right →"
+    assert game.label(2) == "3 right ↘"
+    assert game.label(0) == "1 none ·"
+
+
 @pytest.mark.parametrize("codes", [(4, 2, 9, 1), (0, 2, 3, 1), (4, 2, 5)])
 def test_codes_that_this_world_has_not(window, codes):
     def assign(argv):
@@ -184,7 +210,7 @@ def test_h_shows_all_keys_and_any_key_goes_on(window):
     assert window.game.count == 0
     for key in ("WASD", "space", "pause", "quit"):
         assert key in window.sign.get_text()
-    press(window, "r")
+    press(window, "left")
     beats(window, 2)
     assert window.game.count == 2
 
@@ -303,7 +329,7 @@ def test_e_draws_and_then_begins_from_the_drawing(window):
     press(window, "e")
     assert np.array_equal(game.first.numpy(), drawn)
     assert game.true is None, "no true game looks like that"
-    assert "this picture is redrawn at" in window.message
+    assert "this is redrawn at" in window.message
 
 
 def test_a_stroke_has_no_gaps(window):
