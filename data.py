@@ -885,8 +885,6 @@ def build_videos(root, paths, how, overwrite):
         stop(f"no video in {where}: no file with the ending of one, such as .mp4 or .gif, and no "
              f"folder with {how.shortest} numbered pictures")
 
-    announce(files, size, fps)
-
     def fill(folder):
         (folder / READ).mkdir(exist_ok=True)
         try:
