@@ -574,8 +574,8 @@ def picture(lam, path, x, a, view, table):
 
     x (B, T, H, W, C), their codes a (B, T-1), how the view moves in them (B, T-1, 2). Columns: how
     it moved in frames that carry the code, with the mean; the true buttons behind it (a row of
-    `table`, see score_actions), or where nobody knows them, what the code draws that the others do not; what the decoder makes of
-    one frame under it; and examples.
+    `table`, see score_actions), or where nobody knows them, what the code draws that the others do
+    not; what the decoder makes of one frame under it; and examples.
     """
     plt = pyplot_for_files()
     K = len(lam.vq.codebook)
