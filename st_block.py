@@ -393,8 +393,8 @@ class OnlineKMeans(VectorQuantizer):
     dead_below = 0.03   # a code with less than this part of its fair share of vectors is dead
     reborn = 0.2        # the part that a revived code begins with: time enough to prove itself
     noise = 0.05        # added to the vector that a dead code moves onto
-    # added to the mean square of a vector before the norm. A transition in which nothing moves has a
-    # vector near zero. With torch's default of 1e-7 its gradient, in bf16 all of it rounding, is
+    # added to the mean square of a vector before the norm. A transition in which nothing moves has
+    # a vector near zero. With torch's default of 1e-7 its gradient, in bf16 all of it rounding, is
     # four times that of a moving one. With 1e-4 it is a seventh.
     eps = 1e-4
 
