@@ -62,7 +62,7 @@ MOVES = {"left": "left", "a": "left", "right": "right", "d": "right", "up": "jum
 # the table of keys in the docstring above, and the shortest form of it
 KEYS = textwrap.dedent(__doc__.split("\n\n")[2])
 SHORT_KEYS = """\
-arrows or WASD move   space jump   1-9 codes   p pause   . one frame   h all keys
+arrows or WASD move   space jump   1 2 3 codes   p pause   . one frame   h all keys
 r restart   n new   u undo   b buttons   e draw   g record   v verbatim   q quit"""
 
 # for how many frames the strip of the window holds each code down
@@ -573,7 +573,7 @@ class Window:
         self.brush = None
         # when the last frames were played: their rate is shown
         self.times = deque(maxlen=21)
-        # the choice that led to the newest frame, what is said of it, and a message besides
+        # the choice that led to the newest frame, and a message
         self.shown = None
         self.message = ""
         # what was on the screen last, and when it was drawn
@@ -696,18 +696,18 @@ class Window:
         if not drawing or not event.button:
             self.brush = None
             return
-        place = np.array([event.ydata, event.xdata])
-        row, column = place.round().astype(int)
+        # (at the edge of the last pixel, rounding would leave the picture)
+        place = np.clip([event.ydata, event.xdata], 0, np.array(self.sketch.shape[:2]) - 1)
         if event.button != 1:
+            row, column = place.round().astype(int)
             self.ink = self.sketch[row, column].copy()
+            return
         # the mouse reports a few places of a stroke: paint the line between
-        before = place if self.brush is None or event.name == "button_press_event" else self.brush
-        steps = int(abs(place - before).max()) + 1
-        for row, column in np.linspace(before, place, steps + 1).round().astype(int):
-            if event.button == 1:
-                rows = slice(max(0, row - 1), row + 2)
-                columns = slice(max(0, column - 1), column + 2)
-                self.sketch[rows, columns] = self.ink
+        if self.brush is None or event.name == "button_press_event":
+            self.brush = place
+        steps = int(abs(place - self.brush).max()) + 2
+        for row, column in np.linspace(self.brush, place, steps).round().astype(int):
+            self.sketch[max(0, row - 1):row + 2, max(0, column - 1):column + 2] = self.ink
         self.brush = place
         self.show()
 
@@ -787,9 +787,8 @@ class Window:
                 break
         # a drawing has no true game beside it: its frames become as wide as the others
         widest = max(frame.shape[1] for frame in self.film)
-        film = []
-        for frame in self.film:
-            film.append(np.pad(frame, ((0, 0), (0, widest - frame.shape[1]), (0, 0))))
+        film = [np.pad(frame, ((0, 0), (0, widest - frame.shape[1]), (0, 0)))
+                for frame in self.film]
         write_gif(path, film, self.fps)
         self.film = None
         self.message = f"{path} is written"
@@ -900,12 +899,12 @@ class Window:
 
     def renew_letters(self, sign, words, lit):
         """Set all that moves besides the pictures: the sign, the lines of words, the lights."""
-        self.sign.set_text(sign)
-        self.fit_letters()
-        numbers = f"frame {self.game.count:4d}   {self.rate():4.1f} frames/s   "
         message, news = words
-        self.text.set_text(f"{message}\n{numbers}{news}")
         pressed, played = lit
+        self.sign.set_text(sign)
+        numbers = f"frame {self.game.count:4d}   {self.rate():4.1f} frames/s"
+        self.text.set_text(f"{message}\n{numbers}   {news}")
+        self.fit_letters()
         for code, light in enumerate(self.lights):
             light.set_visible(code in lit)
             light.set_edgecolor(self.PLAYED if code == played else self.PRESSED)
