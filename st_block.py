@@ -959,6 +959,9 @@ def prepare(model, args):
 
     Blocks are compiled one by one. They share one graph, so this takes a third of the time that
     the whole model takes, and brings nearly as much.
+
+    Threads are as torch has them: on two cores of their own they are the fastest. Beside other
+    busy programs they spin, and OMP_WAIT_POLICY=PASSIVE before the command helps (lab/SPEED.md).
     """
     check_compiler(args)
     for module in model.modules():
