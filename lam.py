@@ -154,7 +154,7 @@ class SpreadKMeans(OnlineKMeans):
 
     In a plane all codes lie on one circle, and different actions fall under one code.
     """
-    spread = 0.02       # weight of the loss: at most 0.02, a detail beside an error of 0.5 to 1
+    spread = 0.02       # weight of a loss of at most 1: a detail beside an error of 0.5 to 1
 
     def forward(self, v):
         e, a, loss = super().forward(v)

@@ -184,7 +184,7 @@ class Game:
 
     def label(self, code):
         """What a code is, as far as anybody knows: its number, the button that it stands for, and
-        the way in which the hero goes under it. Of `4 right ↘` and `8 right →`, one is a fall."""
+        the way in which the hero goes. Of `4 right ↘` and `8 right →`, the first is a fall."""
         words = [str(code + 1)]
         button = self.button(code)
         if button is not None:
@@ -495,7 +495,8 @@ def read_scores(path):
 def check_scores(path, scores, K):
     """End the program if the scores of a LAM name codes or buttons that its K codes cannot have."""
     # how many numbers there are, and below what each of them is
-    sizes = dict(keys=(len(ACTIONS), K), meaning=(K, len(ACTIONS)), still=(1, K))
+    sizes = dict(keys=(len(ACTIONS), K), meaning=(K, len(ACTIONS)), still=(1, K),
+                 guess=(len(ACTIONS) + 1, K))
     for name, (count, below) in sizes.items():
         given = scores.get(name)
         if given is None:
