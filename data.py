@@ -15,7 +15,7 @@ gives such clips, of 64x64 pixels. A data set is a folder of these files:
 No training code opens true_actions.npz. It serves to score what was discovered without it, and to
 measure how well anybody could do (python -m lab.oracle).
 """
-import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import functools
 import hashlib
 import json
@@ -1066,7 +1066,9 @@ class Clips:
                 raise ValueError(f"{self.path.name} was changed since it was made")
         except (FileNotFoundError, NotADirectoryError):
             how = "python data.py"
-            if root.name != "platformer":
+            if root.name.startswith("coinrun"):
+                how = "python -m lab.coinrun"
+            elif root.name != "platformer":
                 how += f" --videos FOLDER --name {root.name}"
             stop(f"{root} is no data set; make one with: {how}")
         # JSON that is nested without end is a RecursionError
@@ -1237,7 +1239,7 @@ def read_arguments(argv):
         help="films (whatever ffmpeg reads), .npy arrays (T, H, W, 3), and folders of them, or of "
              "numbered .png / .jpg pictures (default: the built-in game)")
     add("--name", help="becomes data/NAME (default: platformer, or the name of the folder)")
-    add("--episodes", type=int, default=640,
+    add("--episodes", type=int, default=1280,
         help="training levels of the built-in game (default: %(default)s)")
     add("--frames", type=int, default=200, help="frames in each of them (default: %(default)s)")
     add("--frame-size", type=frame_size, default=(64, 64), metavar="SIZE",

@@ -9,7 +9,7 @@ of z_t. In training, of all frames but the first, a random half of the tokens or
 play all tokens of the new frame are, and they are sampled a few at a time (MaskGIT, Chang et al.
 2022). Action a_{t-1} leads from frame t-1 to frame t. It is added to every token of frame t.
 """
-import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
 
 import numpy as np
@@ -54,7 +54,10 @@ MODEL = ("dim", "layers", "heads")
 # How play.py samples the worlds of each recipe, unless its flags say otherwise. At temperature 0
 # a rest is the same frame for ever, and keys are obeyed after it. (The scores of a training take
 # fewer steps at size laptop, to be quick.)
-SAMPLING = dict(paper=dict(steps=25, temperature=1.0), ours=dict(steps=4, temperature=0.0))
+SAMPLING = dict(
+    paper=dict(steps=25, temperature=1.0, order="random"),
+    ours=dict(steps=8, temperature=0.0, order="apart"),
+)
 
 
 # ------------------------------------------------------------------------------- the paper's model
@@ -65,7 +68,7 @@ class Dynamics(nn.Module):
 
     Causal in time. `forward` returns the loss; `features` and `head` make logits (B, T, N, V).
     """
-    ffw = 1             # see STBlock
+    ffw = 1             # width of the feed-forward layers, in D: see STBlock
     # In play, the past consists of finished frames. (False: of frames as the last pass of their
     # sampling saw them, some tokens still masked.)
     remembers_finished = True
@@ -73,6 +76,7 @@ class Dynamics(nn.Module):
     def __init__(self, rows, columns, vocabulary, codes, latent_dim, window, dim, layers, heads):
         super().__init__()
         self.N = rows * columns
+        self.columns = columns
         self.V = vocabulary
         self.MASK = vocabulary                                      # the number of a masked token
         self.embed = nn.Embedding(vocabulary + 1, dim)
@@ -204,10 +208,10 @@ def rollout(dynamics, z, a, **sampling):
 # at size laptop. The other sizes have been measured with 0.1 only.
 NOISE = dict(test=0.1, laptop=0.3, gpu=0.1, coinrun=0.1)
 # training steps of the prior, of 64 clips each
-PRIOR_STEPS = dict(test=200, laptop=2500, gpu=2500, coinrun=2500)
-# Which share of the places where a code can come count as rare, see floor_of. With less, fewer keys
-# are stopped at walls. With more, more of those that could be obeyed are.
-RARE = 0.1
+PRIOR_STEPS = dict(test=200, laptop=5000, gpu=2500, coinrun=2500)
+# A code is rare where its chance is below this share of its usual one, see floor_of. With less,
+# fewer keys are stopped at walls. With more, more of those that could be obeyed are.
+RARE = 0.4
 
 
 class OurDynamics(Dynamics):
@@ -221,6 +225,9 @@ class OurDynamics(Dynamics):
       its own mistakes (as GameNGen does). Without it worlds fall apart after some 50 frames.
     - unfinished past: in play a frame is remembered as its last MaskGIT pass saw it, some tokens
       still masked, as in training. The paper's finished past takes a pass more for each frame.
+    - agreement: each given token's input is also seen by its neighbours (`given`). Half of the
+      frames of a clip are wholly masked, the others a quarter or more. And play draws neighbours
+      in different steps, see maskgit_apart. So patches that show one thing agree about it.
     - prior: a small network learns afterwards which codes can come next. See Prior.
     - ffw: see STBlock.
     """
@@ -237,6 +244,10 @@ class OurDynamics(Dynamics):
         self.around = Neighbours(rows, columns, dim)
         # it learns afterwards, see learn_prior
         self.prior = Prior(rows, columns, vocabulary, codes, pixels, dim).requires_grad_(False)
+        # agreement. It begins as if it were not there
+        self.given = Neighbours(rows, columns, dim)
+        nn.init.zeros_(self.given.conv.weight)
+        nn.init.zeros_(self.given.conv.bias)
 
     def before(self, z):
         """The frame before each frame of z (B, T, N). Before the first there was none: MASK."""
@@ -246,6 +257,16 @@ class OurDynamics(Dynamics):
         """The canvas (B, T, N, D): what was in each place and around it in frames `last`."""
         return self.around(self.embed_last(last))
 
+    def draw_mask(self, z):
+        """Which tokens of clips z (B, T, N) are masked in this step? True there, (B, T, N)."""
+        B, T, N = z.shape
+        # agreement: a rate for each frame, 1 or U(0.25, 1)
+        rate = torch.rand(B, T, 1, device=z.device)
+        rate = torch.where(rate < 0.5, 1.0, torch.rand_like(rate) * 0.75 + 0.25)
+        masked = torch.rand(B, T, N, device=z.device) < rate
+        masked[:, 0] = False
+        return masked
+
     def with_noise(self, z):
         """Tokens z (B, T, N), of each clip another share of them replaced at random."""
         coin = torch.rand(z.shape, device=z.device)
@@ -254,13 +275,13 @@ class OurDynamics(Dynamics):
 
     def features(self, z, e, canvas, cache=None):
         """Tokens z (B, T, N), actions e (B, T, D), canvas (B, T, N, D) -> (B, T, N, D)."""
-        x = self.embed(z) + canvas                                  # (B, T, N, D)
+        x = self.given(self.embed(z)) + canvas                      # (B, T, N, D)
         x = x + e.unsqueeze(2)
         return self.transformer(x, cache)
 
     def forward(self, z, a):
         """Clips z (B, T, N) under latent actions a (B, T-1) -> the loss."""
-        # mask half of the tokens or more, as the paper does
+        # mask some of the tokens
         masked = self.draw_mask(z)
         # noise: some of the tokens are wrong
         given = self.with_noise(z)
@@ -269,6 +290,38 @@ class OurDynamics(Dynamics):
         x = self.features(given.masked_fill(masked, self.MASK), self.actions(a), canvas)
         # what is to be found are the tokens as they were
         return self.loss(x, z, masked)
+
+
+def maskgit_apart(predict, B, N, MASK, steps, columns, temperature=1.0, device="cpu", film=None):
+    """`maskgit` in our order: neighbours are never drawn in the same step, and are drawn again.
+
+    In one step one corner of every square of 2x2 places is drawn, in the next step another one, and
+    so on. So of two neighbours the second is drawn when the first is known. After four steps
+    nothing is masked. In further steps the corners take turns again: each is masked once more, and
+    drawn anew, given all the rest. (Fewer than four steps draw several corners at once.)
+    """
+    z = torch.full((B, 1, N), MASK, device=device)
+    place = torch.arange(N, device=device)
+    corner = 2 * (place // columns % 2) + place % columns % 2       # (N,), 0 to 3
+    turn = torch.randperm(4, device=device)[corner]                 # (N,)
+    for s in range(steps):
+        # whose turn is it?
+        now = turn == s % 4 if s >= 4 else turn * min(steps, 4) // 4 == s
+        place = now.nonzero()[:, 0].expand(B, 1, -1)                # (B, 1, n)
+        # mask them, and draw them
+        z = z.scatter(-1, place, MASK)
+        z = z.scatter(-1, place, sample(predict(z, place).float(), temperature))
+        if film is not None:
+            film.append(z)
+    return z
+
+
+def draw_frame(dynamics, predict, B, order="random", **how):
+    """The tokens (B, 1, N) of one frame, in any order of drawing. predict, how: see maskgit."""
+    N, MASK = dynamics.N, dynamics.MASK
+    if order == "apart":
+        return maskgit_apart(predict, B, N, MASK, columns=dynamics.columns, **how)
+    return maskgit(predict, B, N, MASK, order=order, **how)
 
 
 @torch.no_grad()
@@ -286,7 +339,7 @@ def rollout_ours(dynamics, z, a, **sampling):
             x = dynamics.features(torch.cat([seen, new], 1), e, canvas)
             return dynamics.logits_at(place, x[:, -1:])
 
-        new = maskgit(predict, len(z), dynamics.N, dynamics.MASK, device=z.device, **sampling)
+        new = draw_frame(dynamics, predict, len(z), device=z.device, **sampling)
         z = torch.cat([z, new], 1)
         seen = torch.cat([seen, new if dynamics.remembers_finished else drafts[-1]], 1)
     return z
@@ -303,7 +356,7 @@ class World:
     """
 
     def __init__(self, dynamics, B=1, steps=8, temperature=1.0, order="random"):
-        """steps, temperature, order: see maskgit."""
+        """steps, temperature, order: see maskgit; order "apart": see maskgit_apart."""
         self.dynamics = dynamics
         self.B = B
         self.steps = steps
@@ -340,8 +393,8 @@ class World:
         def predict(z, place):
             return d.logits_at(place, self.run_pass(z))
 
-        z = maskgit(predict, self.B, d.N, d.MASK, steps=self.steps, temperature=self.temperature,
-                    order=self.order, device=a.device, film=film)
+        z = draw_frame(d, predict, self.B, steps=self.steps, temperature=self.temperature,
+                       order=self.order, device=a.device, film=film)
         # one pass more writes the keys and values of the finished frame
         if d.remembers_finished:
             self.run_pass(z)
@@ -426,7 +479,11 @@ class Prior(nn.Module):
         self.embed_appearance = nn.Sequential(nn.Linear(pixels, 2 * dim), nn.ReLU(),
                                               nn.Linear(2 * dim, 2 * dim))
         self.embed_action = nn.Linear(action_dim, dim)
-        self.around = Neighbours(rows, columns, dim)
+        # twice: each place with those around it
+        self.around = nn.Sequential()
+        for _ in range(2):
+            self.around.extend([nn.LayerNorm(dim), Neighbours(rows, columns, dim), nn.ReLU()])
+        self.around.append(nn.LayerNorm(dim))
         self.head = nn.Linear(rows * columns * dim, codes)
         # below what chance each code is rare, after each code that came before it: see floor_of
         self.register_buffer("floor", torch.zeros(codes + 1, codes))
@@ -435,7 +492,7 @@ class Prior(nn.Module):
     def reset_parameters(self):
         """Weights that know nothing: anything may come next, about evenly."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
                 module.reset_parameters()
         nn.init.zeros_(self.head.weight)
 
@@ -455,7 +512,7 @@ class Prior(nn.Module):
             ago = both[1].chunk(2, -1)[1]
         # what is there, what was there, and what was done
         h = now + ago + self.embed_action(e).unsqueeze(2)
-        return self.head(F.relu(self.around(h)).flatten(2))
+        return self.head(self.around(h).flatten(2))
 
 
 def expected(dynamics, z, a):
@@ -522,10 +579,14 @@ def learn_prior(dynamics, tokens, actions, clips, args):
 def floor_of(dynamics, tokens, actions, starts, frames):
     """Below what chance is a code rare, after each code before it? Returns (codes + 1, codes).
 
-    Entry (last, code) is a quantile of the chance that the prior gave to `code`, over the moments
-    when it came after `last` (conformal prediction, Vovk et al. 2005). A moment counts 1 / chance:
-    so places where the code can come count alike, whether the player of the videos liked to press
-    it there or hardly ever did. The share RARE of them lies below.
+    Where a code can come, its chance is what the player of the videos made of it; where it cannot,
+    its chance is 0. The prior is seldom sure which of the two a place is, and says something in
+    between. So the chance here, divided by the usual chance where the code can come, is about how
+    sure it is that the code can come here. Entry (last, code) is the share RARE of the usual one.
+
+    The usual chance is the median, over the moments when `code` came after `last`, of the chance
+    that the prior gave to it. A moment counts 1 / chance: so places where the code can come count
+    alike, whether the player liked to press it there or hardly ever did.
 
     A pair seen less than 100 times uses all moments of that code. The last row is for frames that
     no code led to. A code that never came is always rare. The clips must be some that the prior did
@@ -549,7 +610,8 @@ def floor_of(dynamics, tokens, actions, starts, frames):
             # a chance below 0.002 is the error of the prior, more than the rarity of the moment
             weight = 1 / mine.clamp(min=0.002)
             reached = weight.cumsum(0) / weight.sum()
-            table[last, code] = mine[(reached >= RARE).nonzero()[0, 0]]
+            usual = mine[(reached >= 0.5).nonzero()[0, 0]]
+            table[last, code] = RARE * usual
     return table
 
 
@@ -565,7 +627,8 @@ def build(recipe, **config):
 
 
 def sampling_of(args):
-    return dict(steps=args.maskgit, temperature=args.temperature)
+    order = SAMPLING[args.recipe]["order"]
+    return dict(steps=args.maskgit, temperature=args.temperature, order=order)
 
 
 @torch.no_grad()

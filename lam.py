@@ -5,11 +5,11 @@
     python lam.py --recipe paper --run runs/paper            # the LAM as published
 
 Nobody labels the videos. The encoder sees frames x_1..x_t AND the next one, x_{t+1}, and may say
-one of 8 codes, a_t. The decoder sees x_1..x_t and that code, and must draw x_{t+1}. Three bits are
-too few to describe a frame. They help most when they tell what the past could not: in a game, what
-the player did. In play the player says the code, and only the codebook is kept.
+one of 8 codes, a_t. The decoder sees x_1..x_t and that code, and must draw x_{t+1}. Eight
+codes are too few to describe a frame. They help most when they tell what the past could not: in a
+game, what the player did. In play the player says the code, and only the codebook is kept.
 """
-import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
 
 import numpy as np
@@ -24,8 +24,8 @@ from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuanti
                       patchify, perplexity, prepare, pyplot_for_files, save_figure, schedule,
                       settle, stop, unpatchify)
 
-# Each knob has a value for every --size. A clip needs but two frames, since the decoder of --recipe
-# ours sees one frame only. Many short clips teach more than few long ones.
+# Each knob has a value for every --size. Two frames are enough for a clip, since the decoder of
+# --recipe ours sees one frame only. Many short clips teach more than few long ones.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (300,   1800,  1200, 200000, "training steps"),
@@ -42,7 +42,7 @@ KNOBS = dict(
     scored=      (192,    768,   768,    768, "held-out clips in the scores"),
 )
 # --recipe paper overrides some. Its clips have 16 frames, since its decoder sees the whole past. At
-# coinrun, the paper's case study, all is that of its appendix F, except the patch: the paper gives
+# coinrun, the paper's case study, all values are from its appendix F, except the patch: it gives
 # one for its large model only (16 pixels, of frames of 160x90). We use 8.
 PAPER = dict(
     batch=       (  4,      8,    16,     36),
@@ -64,8 +64,8 @@ class LatentActionModel(nn.Module):
     `shown_to_encoder`, `features`, `predict`, `error` and `begin_step`.
     """
     quantizer = VectorQuantizer
-    beta = 0.25         # weight of the commitment loss, as in VQ-VAE
-    ffw = 1             # see STBlock
+    beta = 0.25         # how strongly vectors are drawn to their codes, as in VQ-VAE
+    ffw = 1             # width of the feed-forward layers, in D: see STBlock
 
     def __init__(self, height, width, window, patch, dim, layers, heads, codes, latent_dim):
         super().__init__()
@@ -84,7 +84,7 @@ class LatentActionModel(nn.Module):
         self.to_pixels = nn.Linear(dim, pixels)
 
     def shown_to_encoder(self, x):
-        """What the encoder sees of clips x (B, T, H, W, C): all of it."""
+        """What the encoder sees of clips x (B, T, H, W, C): all of it, here."""
         return x
 
     def features(self, x):

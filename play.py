@@ -29,7 +29,7 @@ frame, and the tokenizer's decoder turns them into pixels. Pixels are never enco
 transformers keep what they computed of past frames (st_block.Cache), so a frame costs the same
 after an hour as at the start.
 """
-import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import importlib.util
 import itertools
 import json
@@ -51,8 +51,8 @@ import dynamics as dynamics_stage
 import tokenizer as tokenizer_stage
 from data import ACTIONS, FIRST, Clips, Platformer, Policy, Unreadable, psnr, read_picture
 from lam import WAYS, ways_of
-from st_block import (check_compiler, command, find_device, load_model, new_parser, save_picture,
-                      stop, write_gif)
+from st_block import (check_compiler, command, find_device, load_model, new_parser,
+                      pyplot_for_files, save_figure, stop, write_gif)
 
 ASSETS = Path(__file__).parent / "assets"
 # the keys that move, and what they stand for
@@ -1053,18 +1053,26 @@ def play_script(game, supply, folder, worlds=1):
     write_gif(folder / "play.gif", film)
     if game.true:
         print("left: the learned world; right: the true game from the same frame under the same "
-              "keys")
+              "keys; below: which of left, jump and right are down")
 
     # hold each code for eight frames, always from the same frame
-    rows = []
+    plt = pyplot_for_files()
+    figure, rows = plt.subplots(game.K, 9, figsize=(11, 1.25 * game.K), squeeze=False)
     for code in range(game.K):
         game.restart()
         frames = [game.frame]
         for _ in range(8):
             frames.append(game.press(code))
-        rows.append(torch.from_numpy(np.stack(frames)))             # (9, H, W, C)
-    save_picture(folder / "buttons.png", rows, "the same frame, then eight frames under every "
-                 f"code; a row each: {names_of(game)}")
+        for frame, axes in zip(frames, rows[code]):
+            axes.imshow(frame)
+            axes.set(xticks=[], yticks=[])
+        rows[code, 0].set_ylabel(game.label(code), rotation=0, ha="right", va="center")
+    for t, axes in enumerate(rows[0]):
+        axes.set_title(f"frame {t}")
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    save_figure(folder / "buttons.png", figure,
+                "the same frame, then eight frames under every code, a row each")
+    plt.close(figure)
 
 
 def names_of(game):
@@ -1074,11 +1082,18 @@ def names_of(game):
 
 def scripted_frame(game, button):
     """The frame after a true button, or after some code where nobody knows what codes mean."""
-    if game.keys:
-        game.press(game.keys[button], button)
-    else:
+    if not game.keys:
         game.press(button % game.K)
-    return side_by_side(game)
+        return side_by_side(game)
+    game.press(game.keys[button], button)
+    frame = side_by_side(game)                                      # (H, W, C)
+    # below it a light for each key, on where it is down: left, jump, right
+    lights = np.full((8, *frame.shape[1:]), 0.1)
+    middle = frame.shape[1] // 2
+    for key, x in (("left", -12), ("jump", -3), ("right", 6)):
+        down = key in ACTIONS[button]
+        lights[1:7, middle + x:middle + x + 6] = 1 if down else 0.3
+    return np.concatenate([frame, lights])
 
 
 def side_by_side(game):
@@ -1095,13 +1110,14 @@ def side_by_side(game):
 def parser():
     p = new_parser(__doc__)
     p.add_argument("--data", type=Path, default=Path("data/platformer"),
-                   help="where starting frames of your own videos come from")
+                   help="the data that the world was trained on, where starting frames of your "
+                        "own videos come from")
     p.add_argument("--run", type=Path,
                    help="folder of the world (default: runs/NAME OF THE DATA, else assets/)")
     p.add_argument("--prompt", type=Path, help="begin from this picture")
     p.add_argument("--keys", type=int, nargs="+", metavar="CODE",
-                   help="the codes (1, 2, ...) of no key, left, right, up and perhaps down, where "
-                        "nobody knows the true buttons")
+                   help="the codes (1, 2, ...) of no key, left, right, up and perhaps down, for a "
+                        "world of your own videos")
     ours = dynamics_stage.SAMPLING["ours"]
     paper = dynamics_stage.SAMPLING["paper"]
     p.add_argument("--maskgit", type=int,
@@ -1115,7 +1131,7 @@ def parser():
                    help="play every code as pressed; otherwise one that can hardly come now is "
                         "played as a likely one of similar meaning")
     p.add_argument("--fps", type=float, default=10,
-                   help="beats of the clock per second (default: %(default)s)")
+                   help="frames per second (default: %(default)s)")
     p.add_argument("--worlds", type=int, default=1,
                    help="how many starting frames --script plays through")
     p.add_argument("--seed", type=int, default=0, help="of starting frames and sampling")
@@ -1172,8 +1188,8 @@ def main(argv=None):
     supply = itertools.chain([first_start(supply)], supply)
 
     if not args.script and not can_open_window():
-        print("no window can be opened (no display, or no GUI toolkit: on Linux, install "
-              "python3-tk): playing a scripted sequence instead", file=sys.stderr)
+        print("no window can be opened (no display, no GUI toolkit: on Linux, install python3-tk, "
+              "or MPLBACKEND says so): playing a scripted sequence instead", file=sys.stderr)
         args.script = True
     if args.prompt:
         game.reset(*next(supply))

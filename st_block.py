@@ -457,9 +457,10 @@ class OnlineKMeans(VectorQuantizer):
 
         Online k-means ends in the local minimum that it began near: two codes may share one thing
         while one code stands for two. The codebook moves only if the mean squared distance falls
-        by 3 % or more. Returns the distance that k-means reaches from the present codebook, and
-        the best that it reaches from `tries` other starting points, in so many rounds that
-        more change nothing. It draws nothing from torch's global generator.
+        by 3 % or more: a smaller gain is not worth new meanings in the middle of a training.
+        Returns the distance that k-means reaches from the present codebook, and the best that it
+        reaches from `tries` other starting points, in so many rounds that more change nothing.
+        It draws nothing from torch's global generator.
         """
         v = self.norm(v)
         K = len(self.codebook)

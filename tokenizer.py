@@ -1,4 +1,4 @@
-"""Train stage 1, the video tokenizer (section 2.1, there ST-ViViT): frames <-> discrete tokens.
+"""Train stage 1, the video tokenizer (section 2.1, the paper's ST-ViViT): frames <-> tokens.
 
     python tokenizer.py                      # data/platformer -> runs/platformer/tokenizer.pt
     python tokenizer.py --data data/mine     # your own videos -> runs/mine/tokenizer.pt
@@ -6,10 +6,10 @@
 
 It is a VQ-VAE. The encoder turns each patch of a frame into a vector. The quantizer replaces the
 vector by the index of the nearest code: the patch's token. The decoder turns tokens back into
-pixels. Encoder and decoder are causal ST-transformers: the tokens z_t of frame t know x_1..x_t, and
-frame t is decoded from z_1..z_t. The later stages see tokens only.
+pixels. Encoder and decoder are causal ST-transformers: the tokens z_t of frame t depend on
+x_1..x_t, and frame t is decoded from z_1..z_t. The later stages see tokens only.
 """
-import st_block     # first: from here on, Ctrl-C while torch is loaded is one line
+import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
 
 import torch
@@ -39,7 +39,7 @@ KNOBS = dict(
     warmup=      ( 10,    100,   200,  10000, "steps of linear warm-up"),
     scored=      ( 32,     64,   256,    256, "held-out clips in the scores"),
 )
-# --recipe paper overrides some: its clips have 16 frames. (A step has as many frames as above.)
+# --recipe paper overrides some: its clips have 16 frames. (Batch times frames stays the same.)
 PAPER = dict(
     frames=      ( 16,     16,    16,     16),
     batch=       (  2,      8,    32,     48),
@@ -54,8 +54,8 @@ MODEL = ("patch", "dim", "layers", "heads", "vocabulary", "latent_dim")
 class Tokenizer(nn.Module):
     """Frames (B, T, H, W, C) in [0, 1] <-> tokens (B, T, N), integers below `vocabulary`."""
     quantizer = VectorQuantizer
-    beta = 0.25         # weight of the commitment loss, as in VQ-VAE
-    ffw = 1             # see STBlock
+    beta = 0.25         # how strongly vectors are drawn to their codes, as in VQ-VAE
+    ffw = 1             # width of the feed-forward layers, in D: see STBlock
 
     def __init__(self, height, width, window, patch, dim, layers, heads, vocabulary, latent_dim):
         super().__init__()

@@ -71,13 +71,13 @@ def draw_curves(found, path):
 
 
 @torch.no_grad()
-def film_of_maskgit(tokenizer, dynamics, lam, x, frames=6, steps=8, temperature=0.0):
+def film_of_maskgit(tokenizer, dynamics, lam, x, frames=6, steps=8, **sampling):
     """How MaskGIT fills in the frames after the first one of clip x (1, T, H, W, C), T > frames.
 
     Returns a list of pictures (H, W, C), on the CPU: the first frame, four times, then each of
     `frames` frames after each of `steps` steps. What is still masked is grey.
     """
-    world = new_world(dynamics, steps=steps, temperature=temperature)
+    world = new_world(dynamics, steps=steps, **sampling)
     actions = lam.encode(x)                                         # (1, T-1)
     past = tokenizer.encode(x[:, :1])                               # (1, 1, N)
     world.prompt(past)
@@ -146,7 +146,8 @@ def main(argv=None):
     torch.manual_seed(0)
     data = Clips(args.data, "valid", 9, args.device)
     x = data.at(data.spread(5)[2:3])                                # (1, 9, H, W, C)
-    film = film_of_maskgit(tokenizer, dynamics, lam, x, temperature=sampling["temperature"])
+    film = film_of_maskgit(tokenizer, dynamics, lam, x, temperature=sampling["temperature"],
+                           order=sampling["order"])
     write_gif(args.run / "maskgit.gif", film, fps=5)
 
 

@@ -522,8 +522,9 @@ def read_arguments(argv):
     add("--temperature", type=float,
         help=f"of the sampled tokens (default: {ours['temperature']:g}; for a world of --recipe "
              f"paper {paper['temperature']:g})")
-    add("--order", choices=("random", "confidence"), default="random",
-        help="which of the sampled tokens stay, see maskgit in dynamics.py (default: %(default)s)")
+    add("--order", choices=("random", "confidence", "apart"),
+        help=f"which tokens are drawn when, see maskgit in dynamics.py (default: {ours['order']}; "
+             f"for a world of --recipe paper {paper['order']})")
     add("--as-pressed", action="store_true",
         help="play every code as pressed, see play.py")
     add("--split", choices=("valid", "test"),

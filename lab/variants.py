@@ -30,7 +30,7 @@ class Prepend(OurDynamics):
         self.transformer = STTransformer(self.N + 1, dim, layers, heads, window, self.ffw)
 
     def features(self, z, e, canvas, cache=None):
-        x = self.embed(z) + canvas                                  # (B, T, N, D)
+        x = self.given(self.embed(z)) + canvas                      # (B, T, N, D)
         x = torch.cat([e.unsqueeze(2), x], 2)                       # (B, T, N+1, D)
         return self.transformer(x, cache)[:, :, 1:]
 
@@ -70,7 +70,7 @@ class Streams(OurDynamics):
         both = torch.cat([given, holes[:, 1:]], 1)                 # (B, 2T-1, N)
         e = twice(self.actions(a))                                  # (B, 2T-1, D)
         canvas = twice(self.paint(self.before(given)))              # (B, 2T-1, N, D)
-        x = self.embed(both) + canvas + e.unsqueeze(2)
+        x = self.given(self.embed(both)) + canvas + e.unsqueeze(2)
         time, mask = self.two_streams(T, z.device)
         turn = rotary(time, x.size(-1) // self.transformer.heads)
         x = self.transformer.run_blocks(x, turn, mask)
