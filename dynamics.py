@@ -107,12 +107,18 @@ class Dynamics(nn.Module):
         """Of features x (B, 1, N, D), at places (B, 1, n) alone: logits (B, 1, n, V)."""
         return self.head(x.take_along_dim(place.unsqueeze(-1), 2))
 
+    def mask_rate(self, z):
+        """With what chance is a token of clips z (B, T, N) masked? (B, 1, 1) or (B, T, 1)."""
+        B = len(z)
+        # a rate for each clip, U(0.5, 1)
+        rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
+        return rate
+
     def draw_mask(self, z):
         """Which tokens of clips z (B, T, N) are masked in this step? True there, (B, T, N)."""
-        B, T, N = z.shape
-        # a rate for each clip, U(0.5, 1), and a coin for each token
-        rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5
-        masked = torch.rand(B, T, N, device=z.device) < rate
+        rate = self.mask_rate(z)
+        # a coin for each token
+        masked = torch.rand(z.shape, device=z.device) < rate
         # frame 1 is never masked: in play it is given, as the prompt
         masked[:, 0] = False
         return masked
@@ -257,15 +263,11 @@ class OurDynamics(Dynamics):
         """The canvas (B, T, N, D): what was in each place and around it in frames `last`."""
         return self.around(self.embed_last(last))
 
-    def draw_mask(self, z):
-        """Which tokens of clips z (B, T, N) are masked in this step? True there, (B, T, N)."""
-        B, T, N = z.shape
-        # agreement: a rate for each frame, 1 or U(0.25, 1)
+    def mask_rate(self, z):
+        B, T, _ = z.shape
+        # agreement: a rate for each frame, 1 or U(0.25, 1). Other shares were not compared
         rate = torch.rand(B, T, 1, device=z.device)
-        rate = torch.where(rate < 0.5, 1.0, torch.rand_like(rate) * 0.75 + 0.25)
-        masked = torch.rand(B, T, N, device=z.device) < rate
-        masked[:, 0] = False
-        return masked
+        return torch.where(rate < 0.5, 1.0, torch.rand_like(rate) * 0.75 + 0.25)
 
     def with_noise(self, z):
         """Tokens z (B, T, N), of each clip another share of them replaced at random."""
