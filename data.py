@@ -1181,24 +1181,28 @@ def psnr(a, b):
     return -10 * torch.log10(error.clamp(min=1e-6))
 
 
+def moves_within(most):
+    """All moves (dx, dy), pixels right and down, each within -most..most: the smallest first."""
+    moves = [(dx, dy) for dx in range(-most, most + 1) for dy in range(-most, most + 1)]
+
+    def distance(move):
+        return abs(move[0]) + abs(move[1])
+
+    return sorted(moves, key=distance)
+
+
 def displacement(before, after, most=6):
     """How the camera moved between two frames, both (B, H, W, C): (B, 2), pixels right and down.
 
-    Each is within -most..most. It is the move by which the two frames agree best where they
-    overlap; of equally good moves, the smallest.
+    Each is within -most..most (the game moves its camera by 4 at most). It is the move by which the
+    two frames agree best where they overlap; of equally good moves, the smallest.
 
     The error of a pixel is capped at that of a colour that is off by a tenth. Without the cap the
     player, who stays in his place on the screen, outweighs a world of fainter colours that scrolls
     behind him, and one true move in eight is taken for none (lab/NOTES.md).
     """
     H, W = before.shape[1:3]
-    # every move, the smallest first
-    moves = [(dx, dy) for dx in range(-most, most + 1) for dy in range(-most, most + 1)]
-
-    def distance(move):
-        return abs(move[0]) + abs(move[1])
-
-    moves.sort(key=distance)
+    moves = moves_within(most)
     errors = []
     for dx, dy in moves:
         # the parts of the two frames that show the same place

@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import ACTIONS, Clips, displacement, psnr, standard_error, true_actions
+from data import (ACTIONS, Clips, displacement, moves_within, psnr, standard_error,
+                  true_actions)
 from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuantizer, autocast,
                       check_patch, command, counts, grid, make_optimizer, parallel, parser,
                       patchify, perplexity, prepare, pyplot_for_files, save_figure, schedule,
@@ -483,8 +484,8 @@ def moves_on_screen(before, after, view, most=6):
         differs[i][known] = other[known]
     clip, row, column = differs.nonzero(as_tuple=True)              # (pixels,) each
     now = after[clip, row, column]                                  # (pixels, C)
-    # every move; of equally good ones, a small advantage goes to the smallest
-    moves = [(dx, dy) for dx in range(-most, most + 1) for dy in range(-most, most + 1)]
+    # of moves as good up to rounding, a small advantage goes to the smallest
+    moves = moves_within(most)
     errors = []
     for dx, dy in moves:
         came_from = before[clip, (row - dy) % H, (column - dx) % W]     # (pixels, C)
