@@ -5,7 +5,8 @@
     python data.py --show --name mine                 # only draw a contact sheet of data/mine/
 
 Genie was trained on 16-frame clips of platform games, at 10 frames/s (section 3). The built-in game
-gives such clips, of 64x64 pixels. A data set is a folder of these files:
+gives such clips, of 64x64 pixels. A clip is a few frames in a row, and an episode is one video
+without a cut: here, one level played. A data set is a folder of these files:
     train.u8, valid.u8    raw uint8 frames (F, H, W, C), all episodes end to end: to train on, and
                           held out to choose by
     test.u8               built-in game only: held out to report by; nothing is ever chosen on it
@@ -42,6 +43,9 @@ from st_block import (check_writable, command, end_bars, lock, new_parser, save_
 # what the player can press in a frame; "a button" means one of these six, or its index
 ACTIONS = ("none", "left", "right", "jump", "left+jump", "right+jump")
 
+# The sizes and the physics of the game were chosen by hand. At full speed it takes some 215 frames
+# from the start to the wall at the right end: more than an episode has. A jump rises 8 + 6 + 4 + 2
+# = 20 pixels, which is two tiles and a little.
 TILE = 8                # pixels along a side of a tile
 VIEW = 64               # pixels along a side of a frame
 WIDTH = 160             # tiles from one end of a level to the other
@@ -132,7 +136,10 @@ class Platformer:
     # --------------------------------------------------------------------------- making a level
 
     def build(self, rng):
-        """Draw the plan of the level: ground, pits, floating bricks and coins."""
+        """Draw the plan of the level: ground, pits, floating bricks and coins.
+
+        How often each of them comes, and how long it is, was chosen by hand, for variety.
+        """
         self.build_ground(rng)
         self.build_bricks(rng)
         self.build_coins(rng)
@@ -365,8 +372,9 @@ class Policy:
     mostly hops over pits. Nearly every button stays likely at every moment, so that the past alone
     does not tell the next frame: only then have latent actions something to explain. He does not
     look ahead for walls and runs against them, because a model learns what a wall is only from
-    videos in which somebody runs against one (lab/NOTES.md). The probabilities below were chosen
-    by hand, for that.
+    videos in which somebody runs against one. The probabilities below were chosen by hand, for all
+    this. Two other players were tried: who hops over walls teaches none, and who presses afresh in
+    only a quarter of the frames can be foretold (lab/NOTES.md).
     """
 
     def __init__(self, rng):
@@ -378,14 +386,16 @@ class Policy:
 
     def __call__(self, game):
         rng = self.rng
-        # now and then he wants to go another way
+        # every three seconds or so he wants to go some way, two times of three to the right
         if rng.random() < 0.03:
             self.mood = 1 if rng.random() < 0.65 else -1
-        # in most frames he presses afresh: nothing, the way he wants to go, or back
+        # in three frames of four he presses afresh: mostly the way he wants to go, often nothing,
+        # and often back
         if rng.random() < 0.75:
             way = rng.choice([0, self.mood, -self.mood], p=[0.27, 0.5, 0.23])
             self.held = {0: 0, -1: 1, 1: 2}[int(way)]
-        # he jumps at any time, and more often where there is no ground ahead
+        # he jumps at any time, and more often where there is no ground 10 pixels ahead, which are
+        # two or three frames away
         no_ground = not game.hits(game.x + 10 * self.mood, game.y + 4)
         if rng.random() < (0.6 if no_ground else 0.2):
             return self.held + 3
@@ -481,6 +491,7 @@ def build(root, overwrite, source, fill):
 def build_platformer(root, episodes, frames, seed, overwrite):
     """Make a data set of the built-in game: `episodes` training levels of `frames` frames each."""
     def fill(folder):
+        # a twentieth, but some: standard errors are over levels
         held_out = max(6, episodes // 20)
         levels = dict(train=episodes, valid=held_out, test=held_out)
         true = {}
@@ -536,6 +547,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 # has no time of its own, are clips kept in which nothing moves, and how many frames a clip has
 How = namedtuple("How", "height width fit fps from_fps keep_still shortest")
 
+# chosen by hand
 CUT = 0.15              # a cut moves more than this share of the pixels to another colour ...
 SUDDEN = 3              # ... and so many times as much as any of the frames before it
 STILL = 12              # a pixel that changes by more than this, of 255, moves
@@ -630,6 +642,7 @@ def eight_bits(values, white):
 def read_picture(path, height, width, fit="crop"):
     """Any image file as pixels (height, width, 3) uint8, upright. Raises Unreadable."""
     from PIL import ExifTags, Image, ImageOps
+    # so large that scaling down twice does not show
     large = 8 * max(height, width)
     # every kind of image raises exceptions of its own
     try:
@@ -642,6 +655,7 @@ def read_picture(path, height, width, fit="crop"):
                     ImageOps.exif_transpose(image, in_place=True)
                 # 16-bit integers, and floats
                 if image.mode[0] == "I":
+                    # 65535 / 257 = 255
                     pixels = (np.asarray(image) // 257).clip(0, 255).astype(np.uint8)
                     image = Image.fromarray(pixels)
                 elif image.mode == "F":
@@ -775,7 +789,7 @@ def episodes_of(frames, how, found):
     lately = 0.0        # how much the colours changed in the frames before
     rest = 0            # for how many frames nothing has moved
     for frame in frames:
-        # how many pixels have each of 64 colours?
+        # how many pixels have each of 64 colours: 4 of red, times 4 of green, times 4 of blue?
         index = (frame >> 6) @ np.array([16, 4, 1], np.uint8)       # (H, W)
         colours = np.bincount(index.flat, minlength=64) / index.size
         begins = last is None
@@ -788,6 +802,7 @@ def episodes_of(frames, how, found):
             change = np.abs(colours - before).sum() / 2
             begins = change > CUT and change > SUDDEN * lately
             found["cuts"] += int(begins)
+            # a change that was seen counts less from frame to frame: half of it after seven
             lately = 0.0 if begins else max(change, 0.9 * lately)
         last = frame
         before = colours
@@ -947,7 +962,8 @@ def read_all(videos, folder, how):
         for path in videos:
             f = read_once(path, folder, how, bar)
             found.append(f)
-            # a file that was cut off ends without an error
+            # a file that was cut off ends without an error. (How many frames are ahead is an
+            # estimate: a tenth less is no damage)
             _, _, expected = ahead.get(path, (0, 0, 0))
             if not f["why"] and f["frames"] < 0.9 * expected - 1:
                 f["why"] = f": it should have had {expected}, and may be damaged"
@@ -1176,7 +1192,11 @@ def standard_error(values, levels):
 
 
 def psnr(a, b):
-    """-10 log10(MSE), in dB, capped at 60, of frames (..., H, W, C) in [0, 1] -> (...)."""
+    """Peak signal-to-noise ratio: how alike frames (..., H, W, C) in [0, 1] are, in dB, (...).
+
+    It is -10 log10(MSE), with MSE the mean squared error. An error of 0.1 everywhere is 20 dB, one
+    of 0.01 is 40 dB. It is capped at 60 dB, since equal frames would have infinitely many.
+    """
     error = (a.float() - b.float()).square().mean((-1, -2, -3))
     return -10 * torch.log10(error.clamp(min=1e-6))
 
@@ -1241,8 +1261,9 @@ def read_arguments(argv):
     add = p.add_argument
     add("--videos", type=Path, nargs="+", metavar="PATH",
         help="films (whatever ffmpeg reads), .npy arrays (T, H, W, 3), and folders of them, or of "
-             "numbered .png / .jpg pictures (default: the built-in game)")
+             f"numbered pictures ({' '.join(PICTURES)}) (default: the built-in game)")
     add("--name", help="becomes data/NAME (default: platformer, or the name of the folder)")
+    # with half as many levels the prior of dynamics.py learned them by heart (lab/NOTES.md)
     add("--episodes", type=int, default=1280,
         help="training levels of the built-in game (default: %(default)s)")
     add("--frames", type=int, default=200, help="frames in each of them (default: %(default)s)")

@@ -5,9 +5,10 @@
     python dynamics.py --recipe paper --run runs/paper       # the dynamics as published
 
 It sees the tokens z_1..z_{t-1} and the latent actions a_1..a_{t-1}, and fills in the masked tokens
-of z_t. In training, of all frames but the first, a random half of the tokens or more is masked. In
-play all tokens of the new frame are, and they are sampled a few at a time (MaskGIT, Chang et al.
-2022). Action a_{t-1} leads from frame t-1 to frame t. It is added to every token of frame t.
+of z_t: a masked token is hidden behind a number of its own, MASK. In training, of all frames but
+the first, a random half of the tokens or more is masked. In play all tokens of the new frame are,
+and they are sampled, drawn by their chances, a few at a time (MaskGIT, Chang et al. 2022). Action
+a_{t-1} leads from frame t-1 to frame t. It is added to every token of frame t.
 """
 import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
@@ -25,7 +26,8 @@ from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerp
                       load_model, make_optimizer, parallel, parser, patchify, perplexity, prepare,
                       read_checkpoint, save_picture, schedule, settle, stop, write_atomically)
 
-# Each knob has a value for every --size.
+# Each knob has a value for every --size. At temperature 0 the likeliest token is drawn always, at 1
+# each as often as the model expects it.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (500,  10000,  2500, 200000, "training steps"),
@@ -51,8 +53,9 @@ PAPER = dict(
 )
 # the knobs that the model is built from
 MODEL = ("dim", "layers", "heads")
-# How play.py samples the worlds of each recipe, unless its flags say otherwise. At temperature 0
-# a rest is the same frame for ever, and keys are obeyed after it. (The scores of a training take
+# How play.py samples the worlds of each recipe, unless its flags say otherwise. Eight steps are two
+# rounds of `maskgit_apart`: the second one keeps the hero longer (lab/NOTES.md). At temperature 0 a
+# rest is the same frame for ever, and keys are obeyed after it. (The scores of a training take
 # fewer steps at size laptop, to be quick.)
 SAMPLING = dict(
     paper=dict(steps=25, temperature=1.0, order="random"),
@@ -66,7 +69,8 @@ SAMPLING = dict(
 class Dynamics(nn.Module):
     """Tokens (B, T, N), some of them masked, and latent actions (B, T-1) -> what the tokens are.
 
-    Causal in time. `forward` returns the loss; `features` and `head` make logits (B, T, N, V).
+    Causal in time. `forward` returns the loss; `features` and `head` make logits (B, T, N, V): one
+    number for each token of the vocabulary, and softmax makes chances of them.
     """
     ffw = 1             # width of the feed-forward layers, in D: see STBlock
     # In play, the past consists of finished frames. (False: of frames as the last pass of their
@@ -79,6 +83,8 @@ class Dynamics(nn.Module):
         self.columns = columns
         self.V = vocabulary
         self.MASK = vocabulary                                      # the number of a masked token
+        # a vector for each token. 0.5 was chosen by hand, between the 1 of torch and the 0.02 of
+        # GPT-2. The notes have no comparison
         self.embed = nn.Embedding(vocabulary + 1, dim)
         nn.init.normal_(self.embed.weight, std=0.5)
         # the codebook of the LAM: all that is left of it
@@ -132,7 +138,8 @@ class Dynamics(nn.Module):
         return self.loss(x, z, masked)
 
     def loss(self, x, z, masked):
-        """Cross-entropy of features x (B, T, N, D) against tokens z (B, T, N), where masked."""
+        """Cross-entropy of features x (B, T, N, D) against tokens z (B, T, N), where masked: the mean
+        of -log of the chance that the model gave to the true token."""
         # -100: a token that was given is not scored
         target = z.masked_fill(~masked, -100)
         logits = self.head(x).flatten(0, -2).float()                # (B*T*N, V)
@@ -213,7 +220,8 @@ def rollout(dynamics, z, a, **sampling):
 # Largest share of the given tokens that are replaced at random in training. 0.3 was better than 0.1
 # at size laptop. The other sizes have been measured with 0.1 only.
 NOISE = dict(test=0.1, laptop=0.3, gpu=0.1, coinrun=0.1)
-# training steps of the prior, of 64 clips each
+# Training steps of the prior, of 64 clips each. At size laptop 2,500 stopped fewer keys at walls
+# (lab/NOTES.md).
 PRIOR_STEPS = dict(test=200, laptop=5000, gpu=2500, coinrun=2500)
 # A code is rare where its chance is below this share of its usual one, see floor_of. With less,
 # fewer keys are stopped at walls. With more, more of those that could be obeyed are.
@@ -245,7 +253,8 @@ class OurDynamics(Dynamics):
         """noise: in training. pixels: of a patch, see Prior."""
         super().__init__(rows, columns, vocabulary, codes, latent_dim, window, dim, layers, heads)
         self.noise = noise
-        self.embed_last = nn.Embedding(vocabulary + 1, dim)         # MASK: there was no frame
+        # 0.5: as in Dynamics. The vector of MASK says that there was no frame
+        self.embed_last = nn.Embedding(vocabulary + 1, dim)
         nn.init.normal_(self.embed_last.weight, std=0.5)
         self.around = Neighbours(rows, columns, dim)
         # it learns afterwards, see learn_prior
@@ -475,6 +484,7 @@ class Prior(nn.Module):
     """
 
     def __init__(self, rows, columns, vocabulary, codes, pixels, action_dim, dim=32):
+        """dim: its width. 64 was worse (lab/NOTES.md)."""
         super().__init__()
         # of each token, see appearance_of; the last one stands for: there was no frame
         self.register_buffer("appearance", torch.zeros(vocabulary + 1, pixels))
@@ -550,7 +560,9 @@ def appearance_of(tokenizer):
 def learn_prior(dynamics, tokens, actions, clips, args):
     """Train the prior of a finished model, from the start, on all but the last tenth of the data.
 
-    Many clips a step: most moments tell it nothing new, and walls are rare.
+    Many clips a step: most moments tell it nothing new, and walls are rare. A learning rate of 1e-2
+    was worse than 3e-3 (lab/NOTES.md). The weight decay, which pulls all weights to 0, was chosen
+    by hand; no other was compared.
     """
     torch.manual_seed(args.seed)
     steps = PRIOR_STEPS[args.size]
@@ -590,9 +602,10 @@ def floor_of(dynamics, tokens, actions, starts, frames):
     that the prior gave to it. A moment counts 1 / chance: so places where the code can come count
     alike, whether the player liked to press it there or hardly ever did.
 
-    A pair seen less than 100 times uses all moments of that code. The last row is for frames that
-    no code led to. A code that never came is always rare. The clips must be some that the prior did
-    not learn from: what it has seen, it expects too surely.
+    A pair seen less than 100 times uses all moments of that code. (Of 100, the share below their
+    median has a standard error of 0.05.) The last row is for frames that no code led to. A code
+    that never came is always rare. The clips must be some that the prior did not learn from: what
+    it has seen, it expects too surely.
     """
     table = torch.ones_like(dynamics.prior.floor)
     before, came, chance = [], [], []
@@ -609,7 +622,9 @@ def floor_of(dynamics, tokens, actions, starts, frames):
         pair = (came == code) & (before == last)
         mine = chance[pair if pair.sum() >= 100 else came == code].sort().values
         if len(mine):
-            # a chance below 0.002 is the error of the prior, more than the rarity of the moment
+            # a chance below 0.002 is the error of the prior, more than the rarity of the moment: a
+            # seldom jump has 0.03. Without a bound a single moment could outweigh all others.
+            # (Chosen by hand; nearby values were not tried)
             weight = 1 / mine.clamp(min=0.002)
             reached = weight.cumsum(0) / weight.sum()
             usual = mine[(reached >= 0.5).nonzero()[0, 0]]
@@ -687,6 +702,7 @@ def evaluate(dynamics, args, tokenizer, lam):
 
 def verdict(scores):
     """What the scores mean for whoever wants to play: one sentence."""
+    # chosen by hand: the standard error is about 0.3 dB
     if scores["delta_psnr"] < 0.5:
         return "the buttons do nothing yet: more --steps, if the codes of lam.py say what happens"
     if scores["psnr_t4"] < scores["copy_psnr_t4"]:
@@ -764,7 +780,8 @@ def encode(data, tokenizer, lam, args):
     tokens_from = [*made_from, fingerprint(tokenizer)]
     actions_from = [*made_from, fingerprint(lam)] if lam else []
     z, a = kept.get("tokens"), kept.get("actions")
-    # they may have been made of something else, or somebody changed them
+    # they may have been made of something else, or somebody changed them. (Actions that nobody asks
+    # for are kept as they are, if they fit a short integer)
     shape = len(data.frames), tokenizer.tokens
     new_tokens = (kept.get("tokens_of") != tokens_from
                   or not fits(z, shape, len(tokenizer.vq.codebook)))
@@ -776,7 +793,8 @@ def encode(data, tokenizer, lam, args):
         a = torch.full(z.shape[:1], -1, dtype=torch.short, device=data.device)
     if not new_tokens and not new_actions:
         return z, a
-    # batches of four, padded by repeating the last clip: one shape, which is compiled once
+    # batches of four clips, to save memory, padded by repeating the last clip: one shape, which is
+    # compiled once
     clips = data.cover()[::-1]
     clips = np.pad(clips, (0, -len(clips) % 4), mode="edge").reshape(-1, 4)
     bar = tqdm(clips, desc="frames to tokens", disable=args.rank > 0, dynamic_ncols=True)
@@ -903,7 +921,7 @@ def main(argv=None, model_class=None, runner=Run):
         # fill in the masked tokens
         with autocast(args):
             loss = net(z, a)
-        # learn from the error
+        # learn from the error, by a gradient of at most 1, as in tokenizer.py
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,9 +5,10 @@
     python lam.py --recipe paper --run runs/paper            # the LAM as published
 
 Nobody labels the videos. The encoder sees frames x_1..x_t AND the next one, x_{t+1}, and may say
-one of 8 codes, a_t. The decoder sees x_1..x_t and that code, and must draw x_{t+1}. Eight
-codes are too few to describe a frame. They help most when they tell what the past could not: in a
-game, what the player did. In play the player says the code, and only the codebook is kept.
+one of 8 codes, the latent action a_t. (Latent: nobody has seen it.) The decoder sees x_1..x_t and
+that code, and must draw x_{t+1}. Eight codes are too few to describe a frame. They help most when
+they tell what the past could not: in a game, what the player did. In play the player says the code,
+and only the codebook, the vectors of the eight codes, is kept.
 """
 import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
@@ -65,7 +66,7 @@ class LatentActionModel(nn.Module):
     `shown_to_encoder`, `features`, `predict`, `error` and `begin_step`.
     """
     quantizer = VectorQuantizer
-    beta = 0.25         # how strongly vectors are drawn to their codes, as in VQ-VAE
+    beta = 0.25         # how strongly vectors are drawn to their codes; VQ-VAE's value
     ffw = 1             # width of the feed-forward layers, in D: see STBlock
 
     def __init__(self, height, width, window, patch, dim, layers, heads, codes, latent_dim):
@@ -145,7 +146,8 @@ class LatentActionModel(nn.Module):
 
 # By size, in shares of the training. ROOT_FROM: after this share the error becomes its square root.
 # RESTART: k-means is tried anew whenever this share has passed. 1: never. They were chosen at size
-# laptop, by five seeds. At size test trainings are too short for either.
+# laptop, by five seeds (lab/NOTES.md), and were not compared at others. At size test trainings are
+# too short for either.
 ROOT_FROM = dict(test=1.0, laptop=0.4, gpu=0.4, coinrun=0.4)
 RESTART = dict(test=1.0, laptop=0.4, gpu=1.0, coinrun=1.0)
 
@@ -155,7 +157,9 @@ class SpreadKMeans(OnlineKMeans):
 
     In a plane all codes lie on one circle, and different actions fall under one code.
     """
-    spread = 0.02       # weight of a loss of at most 1: a detail beside an error of 0.5 to 1
+    # weight of a loss of at most 1: a detail beside an error of 0.5 to 1. 0.1, alone, gained
+    # nothing (lab/NOTES.md)
+    spread = 0.02
 
     def forward(self, v):
         e, a, loss = super().forward(v)
@@ -204,7 +208,7 @@ class OurLatentActionModel(LatentActionModel):
     beta = 0.05         # error and commitment loss begin near 1 both; the latter is to be a detail
     ffw = 4             # see STBlock
     PAST = 1            # window of encoder (in pairs of frames) and decoder (in frames)
-    SHIFTED = 0.5       # share of the clips that the encoder sees shifted
+    SHIFTED = 0.5       # share of the clips that the encoder sees shifted: all was worse
     BORDER = 1          # patches along each edge that the error leaves out
 
     def __init__(self, height, width, window, patch, dim, layers, heads, codes, latent_dim):
@@ -286,6 +290,7 @@ class OurLatentActionModel(LatentActionModel):
             # at zero a root has no gradient. 1e-8 is an error of 1e-4, a fortieth of a grey level
             error = error.clamp(min=1e-8).sqrt()
             copying = copying.clamp(min=1e-8).sqrt()
+        # where nothing moves, copying is no error: nothing is divided by 0
         return error.mean() / copying.mean().clamp(min=1e-6)
 
     def inside(self, x):
@@ -302,7 +307,8 @@ class OurLatentActionModel(LatentActionModel):
 
     @torch.no_grad()
     def restart(self, clips, args, batches=100):
-        """Look at the codebook anew on clips spread over the data."""
+        """Look at the codebook anew on clips spread over the data. So many batches are 4,800
+        transitions at size laptop, 600 for each code."""
         # in batches like those of training: so nothing is compiled anew; of few clips, some twice
         size = args.batch // args.world
         parts = np.resize(clips.spread(batches * size), (batches, size))
@@ -358,7 +364,7 @@ def evaluate(lam, args):
     scores = dict(psnr=quality(a), psnr_shuffled=quality(shuffled),
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())
     scores["lam_gain"] = scores["psnr"] - scores["psnr_shuffled"]
-    # a code counts if it is used in one transition of fifty
+    # a code counts if it is used in one transition of fifty, a sixth of its fair share of eight
     scores["codes_in_use"] = int((share >= 0.02).sum())
     scores["codes"] = K
     scores["code_perplexity"] = perplexity(a, K).item()
@@ -377,6 +383,7 @@ def evaluate(lam, args):
 
 def verdict(scores):
     """What the scores mean for whoever wants to play: one sentence."""
+    # 0.5 dB was chosen by hand: codes that were of use had 4 dB and more (lab/NOTES.md)
     if scores["lam_gain"] < 0.5 or scores["codes_in_use"] < 2:
         return "the codes say nothing: more --steps, or more videos with varied motion"
     if scores["psnr"] < scores["copy_psnr"]:
@@ -390,8 +397,8 @@ def code_of_rest(x, a):
     x (B, T, H, W, C), a (B, T-1). play.py shows a prompt as a world at rest.
     """
     change = (x[:, 1:] - x[:, :-1]).square().mean((2, 3, 4))        # (B, T-1)
-    # the change is below 40 dB, as that of a compressed video at rest is, and next to nothing
-    # beside the usual one
+    # the two frames are alike by more than 40 dB, as those of a compressed video at rest are, and
+    # the change is next to nothing beside the usual one. (Both bounds were chosen by hand)
     still = change < min(1e-4, 0.01 * change.mean())
     if still.float().mean() <= 0.01:
         return None
@@ -427,7 +434,7 @@ def name_codes(a, pressed, same, codes):
     mapping: for each code the button that it most often goes with.
     meaning: for each code the button that would most often have led to what the code was used for,
       pressed or not. Buttons that differ in less than 5 % of these uses are a tie, such as jump
-      and none in mid-air, and the first of them wins.
+      and none in mid-air, and the first of them wins. (Codes that do jump differ in 12 %.)
     keys: for each button the code that goes with it best, by the F-measure with beta = 1/2, a mean
       of precision and recall in which precision counts more (van Rijsbergen 1979). Only
       transitions count at which no other button would have led to the same frame.
@@ -447,7 +454,8 @@ def name_codes(a, pressed, same, codes):
 
 def best_codes(table):
     """For each column of a table of counts (codes, n), the code that goes with it best: (n,)."""
-    # P(code | column), and P(column | code) if all columns were equally common
+    # P(code | column), and P(column | code) if all columns were equally common. The F-measure is
+    # (1 + beta^2) precision recall / (beta^2 precision + recall), with beta^2 = 0.25
     recall = table / table.sum(0).clip(1)
     precision = recall / recall.sum(1, keepdims=True).clip(1e-9)
     return (1.25 * precision * recall / (0.25 * precision + recall).clip(1e-9)).argmax(0)
@@ -478,6 +486,7 @@ def moves_on_screen(before, after, view, most=6):
     differs = torch.zeros(before.shape[:3], dtype=torch.bool, device=before.device)
     for i, (dx, dy) in enumerate(view.tolist()):
         seen = before[i].roll((-dy, -dx), (0, 1))                   # (H, W, C)
+        # another colour by a twentieth: half of the cap of `displacement`, chosen by hand
         other = (after[i] - seen).square().mean(2) > 0.05 ** 2      # (H, W)
         # what came into view tells nothing
         known = slice(max(0, -dy), H - max(0, dy)), slice(max(0, -dx), W - max(0, dx))
@@ -516,7 +525,8 @@ def guess_keys(moves, a, codes):
         uses = moves[a == code]
         mean = uses.mean(0) if len(uses) else np.zeros(2)
         found["moves"].append(mean.round(1).tolist())
-    # where hardly anything goes up and sideways, up alone has to do; else what stands still
+    # where hardly anything goes up and sideways, in one transition of fifty, up alone has to do;
+    # else what stands still
     instead = {"↖": "↑", "↗": "↑"}
     for way in "·←→↑↖↗↓":
         while way != "·" and table[:, WAYS.index(way)].sum() < 0.02 * len(a):
@@ -541,7 +551,7 @@ def score_actions(lam, args):
         return {}, None
     # (the lab's oracle names the six buttons themselves)
     codes = max(len(lam.vq.codebook), len(ACTIONS))
-    # a jump that decides is rare: names need many clips
+    # a jump that decides is rare: names need many clips, eight times as many as the scores
     a, pressed, same, _ = labelled(lam, args, "train", 8 * args.scored)
     mapping, meaning, keys = name_codes(a, pressed, same, codes)
     a, pressed, same, levels = labelled(lam, args, "valid", args.scored)
@@ -558,7 +568,8 @@ def score_actions(lam, args):
 
 
 def mutual_information(table):
-    """Normalized mutual information of the rows and columns of a table of counts: 0 to 1."""
+    """Normalized mutual information of the rows and columns of a table of counts: 1 if each tells
+    the other, 0 if neither tells anything."""
     p = table / table.sum()
     rows, columns = p.sum(1), p.sum(0)
 
@@ -675,7 +686,7 @@ def train_step(run, net, clips, x, step):
     # read the actions, draw the next frames from them
     with autocast(run.args):
         loss, a, parts = net(x)
-    # learn from the error
+    # learn from the error, by a gradient of at most 1, as in tokenizer.py
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)

@@ -24,10 +24,10 @@
     q, Esc        quit
 
 Each frame is one step of inference (section 2.2). The key stands for a latent action, and its code
-selects a vector of the LAM's codebook. Under that vector MaskGIT fills in the tokens of the next
-frame, and the tokenizer's decoder turns them into pixels. Pixels are never encoded again. Both
-transformers keep what they computed of past frames (st_block.Cache), so a frame costs the same
-after an hour as at the start.
+selects a vector of the codebook that the latent action model learned (lam.py). Under that vector
+MaskGIT (dynamics.py) fills in the tokens of the next frame, and the tokenizer's decoder turns them
+into pixels. Pixels are never encoded again. Both transformers keep what they computed of past
+frames (st_block.Cache), so a frame costs the same after an hour as at the start.
 """
 import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import importlib.util
@@ -65,7 +65,8 @@ SHORT_KEYS = """\
 arrows or WASD move   space jump   1 2 3 codes   p pause   . one frame   h all keys
 r restart   n new   u undo   b buttons   e draw   g record   v verbatim   q quit"""
 
-# for how many frames the strip of the window holds each code down
+# for how many frames the strip of the window holds each code down: long enough to see which way
+# things go, chosen by hand
 AHEAD = 4
 
 # the backends of matplotlib that open a window into which `Window` can draw
@@ -131,14 +132,15 @@ class Game:
         sampling = dynamics_stage.SAMPLING[recipe] | sampling
         self.world = dynamics_stage.new_world(dynamics, **sampling)
         self.decoder_cache = tokenizer.decoder.new_cache(1)
+        # 32 was chosen by hand
         self.undo = deque(maxlen=32)
         # the code that led to the newest frame, as it was played: see `meant`
         self.played = None
 
         # are codes played as pressed, even where they can hardly come?
         self.as_pressed = as_pressed
-        # how alike are two codes? Twice the cosine of their vectors. A vector shorter than 1 stays
-        # so: the code of "nothing happens" lies near 0 and points nowhere
+        # how alike are two codes? Twice the cosine of their vectors, see `meant`. A vector shorter
+        # than 1 stays so: the code of "nothing happens" lies near 0 and points nowhere
         e = F.normalize(dynamics.codebook, dim=-1, eps=1.0)         # (codes, latent_dim)
         self.similarity = 2 * e @ e.T                               # (codes, codes)
         if compile == "on":
@@ -354,6 +356,7 @@ class Game:
         the frame, beside its PSNR on first frames of held-out videos (tokenizer.json).
         """
         redrawn = psnr(torch.from_numpy(self.frame), self.first).item()
+        # (3 and 8 dB below, twice and six times the squared error, were chosen by hand)
         words = f"this is redrawn at {redrawn:.0f} dB"
         if self.usual is None:
             return words
@@ -429,6 +432,7 @@ def starts(game, seed, prompt=None, data=None, run=None, split="valid"):
 
 def fresh_level(rng, split):
     """A starting frame, a tensor (64, 64, 3) in [0, 1], and the true game in that state."""
+    # one of the first 100,000 levels of that kind; there are 250,000
     true = Platformer(FIRST[split] + int(rng.integers(100_000)))
     # run into the level as the player of the videos does, for up to six seconds
     policy = Policy(rng)
@@ -464,6 +468,7 @@ def is_open(true):
         rise = max(heights) if button >= 3 else heights[-1]
         moves.append((true.x - before[0], rise))
         true.restore(before)
+    # 2 + 5 * 4 pixels sideways, 8 + 6 + 4 + 2 upwards: see the physics in data.py
     return moves == [(0, 0), (-22, 0), (22, 0), (0, 20), (-22, 20), (22, 20)]
 
 
@@ -662,6 +667,7 @@ class Window:
             lines = text.get_text().splitlines() or [""]
             columns = max(columns, *[len(line) for line in lines], 1)
             # matplotlib makes a letter some whole number of pixels wide, and 1.65 times as high
+            # (with 1.64 it is rather too small than too large)
             letter = max(1, int(across * self.figure.bbox.width / columns))
             line = up * self.figure.bbox.height / len(lines)
             # a line takes 1.3 times the height of a letter
@@ -869,8 +875,9 @@ class Window:
         """Take the keys that came up out of those that are held."""
         now = time.time()
         for key, since in list(self.released.items()):
-            # a key that is held down will be down again at once, and a key that went down and up
-            # between two beats is to have the next one
+            # a key that is held down is down again after a thirtieth of a second, see on_press. It
+            # is up when twice that has passed. A key that went down and up between two beats is
+            # to have the next one
             seen = self.held.get(key, True)
             if now - since > 0.06 and seen:
                 self.held.pop(key, None)

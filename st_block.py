@@ -7,9 +7,11 @@ The legend of shapes, for the whole project:
     M vectors, of however many clips   F frames of a whole data set
 
 Genie (Bruce et al. 2024, arXiv 2402.15391) is three models made of one block, the ST block of
-section 2 of the paper. A token never looks at every other token of the video. It looks at its own
-frame (spatial attention), then at its own place in earlier frames (temporal attention, causal),
-then it passes one feed-forward layer. So T N^2 + N T^2 pairs are compared instead of (T N)^2.
+section 2 of the paper. A frame is cut into patches, squares of pixels. Inside a model each patch is
+a vector, a token. A token never looks at every other token of the video. It looks at its own frame
+(spatial attention), then at its own place in earlier frames (temporal attention; causal: never at
+later ones), then it passes one feed-forward layer, two matrices with a bend between them. So
+T N^2 + N T^2 pairs are compared instead of (T N)^2.
 """
 import contextlib
 import os
@@ -86,8 +88,9 @@ def unpatchify(x, P, H, W):
 def rotary(time, dim):
     """The cosines and sines, (T, dim/2) each, of rotary position embedding (Su et al. 2021).
 
-    time (T,) is the number of each frame. The pair of entries i and i + dim/2 of a query or a key
-    is turned by the angle time * theta_i. Then q . k depends on the difference of the two times
+    It tells attention when each frame is, by turning vectors. time (T,) is the number of each
+    frame. The pair of entries i and i + dim/2 of a query or a key is turned by the angle
+    time * theta_i. Then q . k depends on the difference of the two times
     alone. The usual base of 10000 is made for thousands of positions. The windows here are 16
     frames at most, so the base is 100, and the periods run from 6 to about 500 frames.
     """
@@ -103,7 +106,11 @@ def rotate(x, cos, sin):
 
 
 def attention_by_hand(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(dh)) v for q, k, v (..., S, dh). mask: True where q may look at k."""
+    """softmax(q k^T / sqrt(dh)) v for q, k, v (..., S, dh). mask: True where q may look at k.
+
+    Each position of a sequence has a query q (what it looks for), a key k (what it offers) and a
+    value v (what it hands over). It collects the values whose keys match its query.
+    """
     # how well does each query match each key?
     weight = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))        # (..., Sq, Sk)
     # what a query may not see gets a weight of zero
@@ -126,9 +133,14 @@ def attention(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+# what all layer norms add to a variance before they divide: chosen by hand; torch's default of 1e-5
+# was not compared
+EPS = 1e-6
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over one axis, with QK-norm: queries and keys are normalized
-    before they are compared.
+    """Self-attention over one axis, by several heads, each on its part of the width, with QK-norm:
+    queries and keys are brought to the same length before they are compared.
 
     The paper does so in the dynamics model (section 2.1). We do it in all three models. Queries
     and keys share one norm.
@@ -139,7 +151,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim // heads, eps=1e-6, bias=False)
+        self.norm = nn.LayerNorm(dim // heads, eps=EPS, bias=False)
 
     def forward(self, x, turn=None, mask=None, past=None):
         """x (B, S, D) attends along S. Returns (B, S, D).
@@ -175,8 +187,9 @@ class Attention(nn.Module):
 class STBlock(nn.Module):
     """Spatial attention, causal temporal attention, ONE feed-forward layer after both (section 2).
 
-    The paper leaves some things open. We use a layer norm before each part, and squared ReLU,
-    max(0, x)^2 (So et al. 2021). The feed-forward layer is `ffw` times D wide. The published
+    Each part adds to x what it found. The paper leaves some things open. We use a layer norm before
+    each part (it gives each vector mean 0 and variance 1), and squared ReLU, max(0, x)^2 (So et al.
+    2021). The feed-forward layer is `ffw` times D wide. The published
     numbers of parameters come to 7 to 10 D^2 a block. The two attentions take 8 D^2, and the
     feed-forward layer takes 2 * ffw D^2. So --recipe paper uses ffw = 1, which makes 10. The usual
     ffw = 4 makes 16. --recipe ours uses it: at the small sizes there are only one or two blocks,
@@ -185,14 +198,14 @@ class STBlock(nn.Module):
 
     def __init__(self, dim, heads, window, ffw):
         super().__init__()
-        self.norm_space = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.norm_space = nn.LayerNorm(dim, eps=EPS, bias=False)
         self.space = Attention(dim, heads)
         # in a window of one frame there is nothing to attend to through time
         self.time = None
         if window > 1:
-            self.norm_time = nn.LayerNorm(dim, eps=1e-6, bias=False)
+            self.norm_time = nn.LayerNorm(dim, eps=EPS, bias=False)
             self.time = Attention(dim, heads)
-        self.norm_ffw = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.norm_ffw = nn.LayerNorm(dim, eps=EPS, bias=False)
         self.up = nn.Linear(dim, ffw * dim)
         self.down = nn.Linear(ffw * dim, dim)
 
@@ -223,12 +236,12 @@ class STTransformer(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window
-        # a learned embedding of the place in the frame; rotary embedding tells the time
+        # an embedding, a learned vector, for each place in the frame; `rotary` tells the time
         self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
         self.blocks = nn.ModuleList(STBlock(dim, heads, window, ffw) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=EPS, bias=False)
         # torch's defaults, except these: the weights of what a block adds to x begin small, as in
-        # GPT-2. A block adds three times
+        # GPT-2, whose 0.02 this is. A block adds three times
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))
@@ -266,7 +279,7 @@ class STTransformer(nn.Module):
 
 
 class Cache:
-    """The temporal keys and values of the last `window` frames, layer by layer.
+    """What play remembers: the temporal keys and values of the last `window` frames, by layer.
 
     Spatial attention never leaves a frame and temporal attention never looks ahead. So a new frame
     changes nothing about the frames before it, and their keys and values can be kept. They lie in
@@ -320,8 +333,8 @@ class Cache:
 class VectorQuantizer(nn.Module):
     """The quantizer of VQ-VAE as printed (van den Oord et al. 2017, equation 3).
 
-    Each vector v becomes e, the nearest of K codes. Three things make that learn, where sg stops
-    the gradient and | |^2 is a mean over entries:
+    It rounds: each vector v becomes e, the nearest of the K codes of its codebook. Three things
+    make that learn, where sg stops the gradient and | |^2 is a mean over entries:
     - straight-through: the gradient at the code e is handed to the vector v as it is;
     - codebook loss |sg(v) - e|^2: a code moves to the vectors that chose it;
     - commitment loss beta |v - sg(e)|^2: a vector stays near the code that it chose.
@@ -330,6 +343,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codes, dim, beta):
         super().__init__()
         self.beta = beta
+        # the paper does not say how codes begin. This is common in published code
         start = torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes)
         self.codebook = nn.Parameter(start)                         # (K, dim)
 
@@ -372,6 +386,7 @@ def counts(index, K):
 def perplexity(index, K):
     """exp(entropy) of the use of codes: K if all are equally common, 1 if one alone is used."""
     p = counts(index, K) / index.numel()
+    # a code that is not used adds 0
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
@@ -388,6 +403,8 @@ class OnlineKMeans(VectorQuantizer):
       k-means online. The gradient of the codebook loss is too slow for a training of minutes.
     - A dead code, one that is hardly chosen of late, moves onto a random vector of the batch, plus
       noise. Noise matters: an exact copy of a live code would tie with it for ever.
+
+    The first four numbers below were chosen by hand. The notes have no comparison of others.
     """
     decay = 0.98        # of the running means: they forget half in 34 steps
     dead_below = 0.03   # a code with less than this part of its fair share of vectors is dead
@@ -405,7 +422,7 @@ class OnlineKMeans(VectorQuantizer):
         start = F.rms_norm(torch.randn(codes, dim), (dim,))
         self.register_buffer("codebook", start)                     # (K, dim)
         # running means over the batches: the sum of the vectors that chose each code, and their
-        # number. They begin at 0, so the first batch revives nearly all codes
+        # number. They begin at 0, so the first batch revives nearly all codes, on its vectors
         self.register_buffer("mean_sum", torch.zeros(codes, dim))
         self.register_buffer("mean_count", torch.zeros(codes))
 
@@ -446,7 +463,8 @@ class OnlineKMeans(VectorQuantizer):
         share = M / K * self.reborn
         self.mean_sum.copy_(torch.where(dead[:, None], fresh * share, self.mean_sum))
         self.mean_count.masked_fill_(dead, share)
-        # a code is the mean of its vectors (without revival, one that has none stays)
+        # a code is the mean of its vectors (without revival, one that has none stays). Both 1e-6
+        # and 1e-9 only keep apart what has vectors and what has none
         used = self.mean_count[:, None] > 1e-6
         mean = self.mean_sum / self.mean_count[:, None].clamp(min=1e-9)
         self.codebook.copy_(torch.where(used, mean, self.codebook))
@@ -457,10 +475,10 @@ class OnlineKMeans(VectorQuantizer):
 
         Online k-means ends in the local minimum that it began near: two codes may share one thing
         while one code stands for two. The codebook moves only if the mean squared distance falls
-        by 3 % or more: a smaller gain is not worth new meanings in the middle of a training.
+        by 3 % or more: a smaller gain is not worth new meanings in the middle of a training. (These
+        3 %, and the numbers of tries and rounds, were chosen by hand.)
         Returns the distance that k-means reaches from the present codebook, and the best that it
-        reaches from `tries` other starting points, in so many rounds that more change nothing.
-        It draws nothing from torch's global generator.
+        reaches from `tries` other starting points. It draws nothing from torch's global generator.
         """
         v = self.norm(v)
         K = len(self.codebook)
@@ -638,7 +656,8 @@ def parser(doc, knobs, paper):
 def find_device(name):
     """The torch.device of --device. Without a name it is the GPU, if there is one.
 
-    On a GPU, products of fp32 matrices are computed in TF32 from here on.
+    On a GPU, products of fp32 matrices (32-bit floats) are computed in TF32 from here on: faster,
+    with 10 bits of each number instead of 23.
     """
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -921,7 +940,8 @@ def load_model(path, build, stage, device="cpu"):
 
 
 def autocast(args):
-    """bf16 for matrix products where the device has a unit for them; else it costs time.
+    """bf16 (16-bit floats) for matrix products where the device has a unit for them; else it costs
+    time.
 
     On a CPU that is so in compiled blocks only. Weights, norms, losses and the quantizer stay in
     fp32.
@@ -972,7 +992,7 @@ def prepare(model, args):
         if isinstance(module, STBlock) and args.recompute == "on":
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False,
                                                preserve_rng_state=False)
-        # the residual stream in bf16, too: at these widths a GPU waits for its memory
+        # what blocks hand on is in bf16, too: at these widths a GPU waits for its memory
         if isinstance(module, STTransformer) and args.device.type == "cuda":
             module.blocks[0].register_forward_pre_hook(to_bf16)
 
@@ -1035,8 +1055,10 @@ class Run:
     Every step seeds torch with (seed, step, rank). So a resumed run draws the very numbers that it
     would have drawn, and ends bit-identical to one that was never interrupted (CPU, same machine).
     """
-    save_every = 500        # steps
-    save_after = 120        # seconds: whichever comes first
+    # a checkpoint after so many steps or so many seconds, whichever comes first: a crash costs two
+    # minutes at most. Chosen by hand
+    save_every = 500
+    save_after = 120
 
     def __init__(self, stage, args, model, optimizer, config, held_out, **origin):
         """held_out(): the loss of the model on held-out clips. origin: what it is trained on."""
@@ -1109,7 +1131,8 @@ class Run:
                         disable=args.rank > 0, mininterval=1, dynamic_ncols=True)
         on_ending(self.ask_to_stop)
         for step in range(self.first, args.steps):
-            # no two steps, and no two processes, share a seed
+            # no two steps, and no two processes, share a seed: the factors are larger than the
+            # number of steps of any --size, and of processes
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + args.rank)
             yield step
             self.bar.update()

@@ -4,10 +4,12 @@
     python tokenizer.py --data data/mine     # your own videos -> runs/mine/tokenizer.pt
     python tokenizer.py --recipe paper --run runs/paper      # VQ-VAE as published
 
-It is a VQ-VAE. The encoder turns each patch of a frame into a vector. The quantizer replaces the
-vector by the index of the nearest code: the patch's token. The decoder turns tokens back into
-pixels. Encoder and decoder are causal ST-transformers: the tokens z_t of frame t depend on
-x_1..x_t, and frame t is decoded from z_1..z_t. The later stages see tokens only.
+It is a VQ-VAE (vector-quantized variational autoencoder). The encoder turns each patch of a frame
+into a vector. The quantizer replaces the vector by the nearest of the codes that it has learned,
+its codebook. The number of that code is the patch's token, a word of a vocabulary of patches. The
+decoder turns tokens back into pixels. Encoder and decoder are causal ST-transformers: the tokens
+z_t of frame t depend on x_1..x_t, and frame t is decoded from z_1..z_t. The later stages see tokens
+only.
 """
 import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
@@ -23,7 +25,8 @@ from st_block import (OnlineKMeans, Run, STTransformer, VectorQuantizer, autocas
 
 # Each knob has a value for every --size. At coinrun, the paper's case study, they are those of its
 # appendix F. Elsewhere patches of 8 pixels instead of 4 give a quarter of the tokens, and so a
-# quarter of the work to each later stage.
+# quarter of the work to each later stage. The learning rate rises to its peak in the steps of
+# warm-up.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (350,    700,  2000, 300000, "training steps"),
@@ -54,7 +57,7 @@ MODEL = ("patch", "dim", "layers", "heads", "vocabulary", "latent_dim")
 class Tokenizer(nn.Module):
     """Frames (B, T, H, W, C) in [0, 1] <-> tokens (B, T, N), integers below `vocabulary`."""
     quantizer = VectorQuantizer
-    beta = 0.25         # how strongly vectors are drawn to their codes, as in VQ-VAE
+    beta = 0.25         # how strongly vectors are drawn to their codes; VQ-VAE's value
     ffw = 1             # width of the feed-forward layers, in D: see STBlock
 
     def __init__(self, height, width, window, patch, dim, layers, heads, vocabulary, latent_dim):
@@ -118,14 +121,14 @@ class OurTokenizer(Tokenizer):
 
     - quantizer: the codebook is k-means, which brings nearly all codes into use within minutes.
     - error: the mean square error is divided by the variance of the pixels. It starts near 1 on
-      every video, so the commitment loss cannot drown it.
+      every video, so the commitment loss (see VectorQuantizer) cannot drown it.
     - ffw: see STBlock.
     """
     quantizer = OnlineKMeans
     ffw = 4
 
     def error(self, y, x):
-        # frames of one colour vary by nothing
+        # frames of one colour vary by nothing. 1e-4 is a deviation of 0.01, 2.5 grey levels
         return super().error(y, x) / x.var().clamp(min=1e-4)
 
 
@@ -148,7 +151,8 @@ def tokens_of(tokenizer, clips, batch=16):
 
 @torch.no_grad()
 def evaluate(tokenizer, args):
-    """Held-out levels: psnr beside copy_psnr, and how much of the vocabulary is in use.
+    """Held-out levels: psnr (see data.psnr: 3 dB more is half of the squared error) beside
+    copy_psnr, and how much of the vocabulary is in use.
 
     psnr: of the reconstruction. psnr_frame_1: of first frames, which have no past. copy_psnr: if
     the last frame were shown again. token_perplexity: see `perplexity`. Writes tokenizer.png.
@@ -180,6 +184,7 @@ def verdict(scores):
     """What the scores mean for whoever wants to play: one sentence."""
     if scores["psnr"] < scores["copy_psnr"]:
         return "worse than showing the last frame again: more --steps"
+    # chosen by hand: another game was played worse at 27.5 dB than at 31 (lab/NOTES.md)
     if scores["psnr"] < 30:
         return "blurred, below 30 dB: more --steps, or --patch 4"
     return "sharp enough to play"
@@ -220,7 +225,8 @@ def main(argv=None, model_class=None, runner=Run):
         # reconstruct them
         with autocast(args):
             loss, parts = net(x)
-        # learn from the error
+        # learn from the error. A gradient longer than 1 is shortened to that, so that one odd batch
+        # cannot spoil the weights. (1 is the usual value; the notes have no other)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
