@@ -26,8 +26,9 @@ from st_block import (Neighbours, Run, STTransformer, autocast, command, fingerp
                       load_model, make_optimizer, parallel, parser, patchify, perplexity, prepare,
                       read_checkpoint, save_picture, schedule, settle, stop, write_atomically)
 
-# Each knob has a value for every --size. At temperature 0 the likeliest token is drawn always, at 1
-# each as often as the model expects it.
+# Each knob has a value for every --size. lab/NOTES.md compares some values of size laptop; the rest
+# were chosen by hand. At temperature 0 the likeliest token is drawn always, at 1 each as often as
+# the model expects it.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (500,  10000,  2500, 200000, "training steps"),
@@ -138,8 +139,10 @@ class Dynamics(nn.Module):
         return self.loss(x, z, masked)
 
     def loss(self, x, z, masked):
-        """Cross-entropy of features x (B, T, N, D) against tokens z (B, T, N), where masked: the mean
-        of -log of the chance that the model gave to the true token."""
+        """Cross-entropy of features x (B, T, N, D) against tokens z (B, T, N), where masked.
+
+        It is the mean of -log p, with p the chance that the model gave to the true token.
+        """
         # -100: a token that was given is not scored
         target = z.masked_fill(~masked, -100)
         logits = self.head(x).flatten(0, -2).float()                # (B*T*N, V)

@@ -27,7 +27,8 @@ from st_block import (Neighbours, OnlineKMeans, Run, STTransformer, VectorQuanti
                       settle, stop, unpatchify)
 
 # Each knob has a value for every --size. Two frames are enough for a clip, since the decoder of
-# --recipe ours sees one frame only. Many short clips teach more than few long ones.
+# --recipe ours sees one frame only. Many short clips teach more than few long ones. lab/NOTES.md
+# compares some values of size laptop; the rest were chosen by hand.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (300,   1800,  1200, 200000, "training steps"),
@@ -178,6 +179,7 @@ def narrowness(v):
         v = v - v.mean(0)
         # the covariance, up to its scale, which cancels
         C = v.T @ v                                                 # (dim, dim)
+    # of vectors that are all alike C is 0: nothing is divided by 0
     return C.square().sum() / C.trace().square().clamp(min=1e-9)
 
 

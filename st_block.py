@@ -236,12 +236,13 @@ class STTransformer(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window
-        # an embedding, a learned vector, for each place in the frame; `rotary` tells the time
+        # an embedding, a learned vector, for each place in the frame; `rotary` tells the time.
+        # (0.02: as in GPT-2. The dynamics was no better with 0.5)
         self.place = nn.Parameter(0.02 * torch.randn(tokens, dim))
         self.blocks = nn.ModuleList(STBlock(dim, heads, window, ffw) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=EPS, bias=False)
         # torch's defaults, except these: the weights of what a block adds to x begin small, as in
-        # GPT-2, whose 0.02 this is. A block adds three times
+        # GPT-2. A block adds three times
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(3 * layers))

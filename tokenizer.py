@@ -25,8 +25,8 @@ from st_block import (OnlineKMeans, Run, STTransformer, VectorQuantizer, autocas
 
 # Each knob has a value for every --size. At coinrun, the paper's case study, they are those of its
 # appendix F. Elsewhere patches of 8 pixels instead of 4 give a quarter of the tokens, and so a
-# quarter of the work to each later stage. The learning rate rises to its peak in the steps of
-# warm-up.
+# quarter of the work to each later stage. lab/NOTES.md compares some values of size laptop; the
+# rest were chosen by hand. The learning rate rises to its peak in the steps of warm-up.
 KNOBS = dict(
     #             test  laptop   gpu  coinrun
     steps=       (350,    700,  2000, 300000, "training steps"),
