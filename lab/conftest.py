@@ -9,6 +9,7 @@ in a whole run.
 """
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(HERE))
 import data
 import dynamics
 import lam
+import st_block
 import tokenizer
 
 # scripts run here on the CPU, where the same seed gives the same bits
@@ -73,6 +75,16 @@ def run(*command, cwd, env=NO_GPU):
     words = [str(word) for word in command]
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
                           timeout=560, env=env)
+
+
+def checkpoint(folder, stage):
+    """What a stage, by its name, left in a run folder."""
+    return st_block.read_checkpoint(folder / f"{stage}.pt", stage)
+
+
+def scores(folder, stage):
+    """The scores of a stage of the miniature world, which lies in `folder`: a dictionary."""
+    return json.loads((folder / f"runs/platformer/{stage}.json").read_text())
 
 
 # ------------------------------------------------------------------------------- small models
@@ -145,3 +157,12 @@ def unscored(monkeypatch):
 
     for stage in (tokenizer, lam, dynamics):
         monkeypatch.setattr(stage, "evaluate", nothing)
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch, unscored):
+    """The flags of a training of 12 steps, on two levels of 40 frames. Nothing is scored."""
+    monkeypatch.setitem(dynamics.PRIOR_STEPS, "test", 2)
+    data.build_platformer(tmp_path / "small", 2, 40, 0, False)
+    return ["--device", "cpu", "--size", "test", "--data", str(tmp_path / "small"),
+            "--steps", "12", "--batch", "4", "--frames", "4"]

@@ -15,6 +15,7 @@ import dynamics as dyn
 import lam as lam_stage
 import st_block as st
 from lab.conftest import small_dynamics, small_lam, small_tokenizer
+from test_genie import changed, seen_and_asked, with_new_frame
 
 # ------------------------------------------------------------------------------- the quantizer
 
@@ -29,6 +30,44 @@ def test_tokens_are_the_same_under_autocast(quantizer):
     with torch.autocast("cpu", torch.bfloat16):
         index = vq.nearest(z)
     assert torch.equal(index, vq.nearest(z))
+
+
+def test_our_code_is_the_mean_of_the_vectors_that_chose_it():
+    """If this failed, online k-means would never arrive."""
+    torch.manual_seed(0)
+    vq = st.OnlineKMeans(8, 4, beta=0.25).train()
+    z = F.rms_norm(torch.randn(500, 4), (4,))
+    for _ in range(600):
+        _, index, _ = vq(z)
+    for code in range(8):
+        off = (vq.codebook[code] - z[index == code].mean(0)).norm()
+        assert off < 0.1, f"code {code} is {off:.2f} away from the mean of its vectors"
+
+
+def test_our_dead_codes_come_back_to_life():
+    """If this failed, few codes would have to say everything."""
+    # all codes have lived in one place, far from all vectors: one is the nearest, the rest die
+    torch.manual_seed(0)
+    vq = st.OnlineKMeans(32, 4, beta=0.25).train()
+    vq.codebook.copy_(torch.tensor([2.0, 0, 0, 0]).expand(32, 4))
+    vq.mean_count.fill_(500 / 32)
+    vq.mean_sum.copy_(500 / 32 * vq.codebook)
+    v = torch.randn(500, 4)
+    v[:, 0] = -v[:, 0].abs() - 1
+    for _ in range(400):
+        _, index, _ = vq(v)
+    used = len(index.unique())
+    assert used >= 28, f"only {used} of 32 codes are in use: dead codes stay dead"
+
+
+def test_our_dead_codes_come_back_to_life_as_no_copies():
+    """If this failed, equal codes would tie, and vectors would always choose the first of them."""
+    # at first one code is nearest to all vectors, and all others are dead
+    torch.manual_seed(0)
+    vq = st.OnlineKMeans(32, 4, beta=0.25).train()
+    vq(torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(500, 4))
+    distance = torch.cdist(vq.codebook, vq.codebook) + 9 * torch.eye(32)
+    assert distance.min() > 1e-3, "two codes are alike"
 
 
 def test_codes_begin_on_the_data():
@@ -245,6 +284,19 @@ def test_a_batch_in_which_nothing_moves_does_no_harm(rooted):
 # ------------------------------------------------------------------------------- the dynamics
 
 
+def test_our_noise_puts_wrong_tokens_among_those_that_are_given():
+    """If this failed, a world would fall apart of its own mistakes, which it had never seen."""
+    # tokens from 64 on are not in the clips
+    seen, _ = seen_and_asked("ours", vocabulary=128, clips=8, noise=1.0)
+    assert seen[64:].sum() >= 8, "nothing was wrong: noise has no effect"
+
+
+def test_our_noise_is_never_asked_for():
+    """If this failed, the model would learn to make noise."""
+    _, asked = seen_and_asked("ours", vocabulary=128, clips=8, noise=1.0)
+    assert not asked[64:].any(), "the targets must be the tokens before the noise"
+
+
 def test_the_canvas_shows_what_was_in_a_place_and_around_it():
     """A frame is drawn over the last one: a token there shows in its place and the eight around."""
     m = small_dynamics("ours")
@@ -256,6 +308,20 @@ def test_the_canvas_shows_what_was_in_a_place_and_around_it():
     expected = torch.zeros(2, 4, 4, dtype=torch.bool)
     expected[1, 0:3, 1:4] = True
     assert torch.equal(shows, expected)
+
+
+def test_our_mask_rate_is_drawn_for_each_frame():
+    """Half of the frames are wholly masked, as at the first MaskGIT step, the others by
+    U(0.25, 1): their mean is 0.625 and their standard deviation 0.217."""
+    m = small_dynamics("ours")
+    hidden = m.draw_mask(torch.zeros(2000, 3, 200, dtype=torch.long))
+    rate = hidden[:, 1:].float().mean(2)                            # (2000, 2)
+    assert (rate == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    both = (rate == 1).all(1).float().mean().item()
+    assert both == pytest.approx(0.25, abs=0.04), "the frames of a clip are masked alike"
+    some = rate[rate < 1]
+    assert some.mean().item() == pytest.approx(0.625, abs=0.02)
+    assert some.std().item() == pytest.approx(0.217, abs=0.015), "frames are masked alike"
 
 
 def test_sampling_by_confidence_draws_the_surest_first():
@@ -327,6 +393,29 @@ def test_temperature_zero_takes_the_likeliest():
     assert torch.equal(dyn.sample(logits, 0.0), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("recipe", ["paper", "ours"])
+def test_undo_takes_back_step_after_step(recipe):
+    """Far past the window, where each new frame overwrites the oldest one in the cache."""
+    m = small_dynamics(recipe)
+    game = dyn.new_world(m, steps=2)
+    game.prompt(torch.randint(24, (1, 6, 16)), torch.randint(8, (1, 5)))
+
+    def step(i):
+        torch.manual_seed(i)
+        return game.step(torch.tensor([i]))
+
+    kept = []
+    drawn = []
+    for i in range(6):
+        kept.append((game.snapshot(), game.played, game.last))
+        drawn.append(step(i))
+    for snapshot, played, last in reversed(kept):
+        game.restore(snapshot)
+        assert torch.equal(game.played, played) and torch.equal(game.last, last)
+    for i in range(6):
+        assert torch.equal(step(i), drawn[i]), f"step {i} went otherwise the second time"
+
+
 # ------------------------------------------------------------------------------- the prior
 
 
@@ -350,6 +439,17 @@ def test_prior_embeds_few_tokens_as_it_embeds_many():
     a = torch.randint(8, (2, 5))
     many = guesses(m, z, a)
     assert torch.allclose(many[:1, :1], guesses(m, z[:1, :1], a[:1, :0]), atol=1e-5)
+
+
+def test_prior_knows_two_frames_and_the_action_between():
+    """One that sees the frame to which a code leads is sure of every code, and no use in play."""
+    m = small_prior()
+    nn.init.normal_(m.prior.head.weight)
+    z, w = with_new_frame(torch.randint(24, (2, 6, 16)), 4)
+    a, b = with_new_frame(torch.randint(7, (2, 5)), 4)
+    before = guesses(m, z, a)
+    assert changed(before, guesses(m, w, a)) == [False, False, False, True, True, False]
+    assert changed(before, guesses(m, z, b)) == [False, False, False, False, True, False]
 
 
 def test_prior_and_dynamics_do_not_teach_each_other():

@@ -4,8 +4,8 @@
 
 Most of these mistakes were found in published code, where all shapes were right and the loss fell.
 Each is a change of one line in a copy of the core. The test beside it must fail then. It stands in
-test_genie.py, or in lab/test_ours.py. To add a mistake: the file, the line as it is, the line as it
-would be, and the test.
+test_genie.py, lab/test_ours.py or lab/test_training.py. To add a mistake: the file, the line as it
+is, the line as it would be, and the test.
 """
 import os
 import shutil
@@ -86,6 +86,10 @@ MISTAKES = {
         "dynamics.py", "rate = torch.rand(B, 1, 1, device=z.device) * 0.5 + 0.5",
         "rate = torch.full((B, 1, 1), 0.75, device=z.device)",
         "test_the_mask_rate_is_drawn_for_each_clip"),
+    "the frames of a clip are masked alike": (
+        "dynamics.py", "rate = torch.rand(B, T, 1, device=z.device)",
+        "rate = torch.rand(B, 1, 1, device=z.device)",
+        "test_our_mask_rate_is_drawn_for_each_frame"),
     "the prompt is masked": (
         "dynamics.py", "masked[:, 0] = False", "pass",
         "test_the_first_frame_is_given_and_never_asked_for"),
@@ -137,7 +141,7 @@ def test_a_planted_mistake_is_seen(mistake, tmp_path):
     assert line in text, f"{file} has no such line any more: {line}"
     (tmp_path / file).write_text(text.replace(line, wrong, 1))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               "test_genie.py", "lab/test_ours.py", "-k", test]
+               "test_genie.py", "lab/test_ours.py", "lab/test_training.py", "-k", test]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     # 1: a test failed; 2 to 5: none was run, or pytest itself failed

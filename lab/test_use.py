@@ -28,12 +28,9 @@ CORE = ("st_block", "data", "tokenizer", "lam", "dynamics", "play")
 
 
 @pytest.fixture
-def few(tmp_path, monkeypatch, unscored):
-    """The flags of a training of 12 steps, on two levels of 40 frames. Nothing is scored."""
-    monkeypatch.setitem(dyn.PRIOR_STEPS, "test", 2)
-    data.build_platformer(tmp_path / "small", 2, 40, 0, False)
-    return ["--device", "cpu", "--size", "test", "--data", str(tmp_path / "small"),
-            "--steps", "12", "--batch", "4", "--frames", "4", "--run", str(tmp_path / "run")]
+def few(few, tmp_path):
+    """The flags of a short training, and where it is to leave its files."""
+    return [*few, "--run", str(tmp_path / "run")]
 
 
 class Interrupted(st.Run):
