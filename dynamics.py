@@ -605,10 +605,10 @@ def floor_of(dynamics, tokens, actions, starts, frames):
     that the prior gave to it. A moment counts 1 / chance: so places where the code can come count
     alike, whether the player liked to press it there or hardly ever did.
 
-    A pair seen less than 100 times uses all moments of that code. (Of 100, the share below their
-    median has a standard error of 0.05.) The last row is for frames that no code led to. A code
-    that never came is always rare. The clips must be some that the prior did not learn from: what
-    it has seen, it expects too surely.
+    A pair seen less than 100 times uses all moments of that code. (Of 100 moments, 50 +- 5 lie
+    below the true median.) The last row is for frames that no code led to. A code that never came
+    is always rare. The clips must be some that the prior did not learn from: what it has seen, it
+    expects too surely.
     """
     table = torch.ones_like(dynamics.prior.floor)
     before, came, chance = [], [], []
