@@ -5,10 +5,10 @@
     python lam.py --recipe paper --run runs/paper            # the LAM as published
 
 Nobody labels the videos. The encoder sees frames x_1..x_t AND the next one, x_{t+1}, and may say
-one of 8 codes, the latent action a_t. (Latent: nobody has seen it.) The decoder sees x_1..x_t and
-that code, and must draw x_{t+1}. Eight codes are too few to describe a frame. They help most when
-they tell what the past could not: in a game, what the player did. In play the player says the code,
-and only the codebook, the vectors of the eight codes, is kept.
+one of a few codes, the latent action a_t: 8 in the paper, 9 here. (Latent: nobody has seen it.) The
+decoder sees x_1..x_t and that code, and must draw x_{t+1}. So few codes cannot describe a frame.
+They help most when they tell what the past could not: in a game, what the player did. In play the
+player says the code, and only the codebook, the vectors of the codes, is kept.
 """
 import st_block     # first: so Ctrl-C ends the program in one line, even during the imports
 import math
@@ -38,7 +38,7 @@ KNOBS = dict(
     dim=         ( 64,    128,   256,    512, "width D"),
     layers=      (  1,      2,     4,      8, "ST blocks of the encoder, and of the decoder"),
     heads=       (  2,      2,     4,      8, "attention heads"),
-    codes=       (  8,      8,     8,      6, "latent actions |A|"),
+    codes=       (  9,      9,     9,      9, "latent actions |A|"),
     latent_dim=  (  8,     32,    32,     32, "dimensions of a code"),
     lr=          (3e-3,  4e-3,  1e-3,   3e-4, "peak learning rate"),
     warmup=      ( 10,    100,   100,   5000, "steps of linear warm-up"),
@@ -50,6 +50,7 @@ KNOBS = dict(
 PAPER = dict(
     batch=       (  4,      8,    16,     36),
     frames=      ( 16,     16,    16,     16),
+    codes=       (  8,      8,     8,      6),
     lr=          (1e-3,  1e-3,  3e-4,   3e-5),
     scored=      ( 32,     96,    96,     96),
 )
@@ -119,7 +120,7 @@ class LatentActionModel(nn.Module):
         """How far predictions y of x_2..x_T are from clips x (B, T, ...): the mean square."""
         return F.mse_loss(y, x[:, 1:])
 
-    def begin_step(self, step, args, clips):
+    def begin_step(self, step, args):
         """What changes on the way, before each training step: nothing."""
 
     def encode(self, x):
@@ -145,42 +146,65 @@ class LatentActionModel(nn.Module):
 
 # ------------------------------------------------------------------------------- what we added
 
-# By size, in shares of the training. ROOT_FROM: after this share the error becomes its square root.
-# RESTART: k-means is tried anew whenever this share has passed. 1: never. They were chosen at size
-# laptop, by five seeds (lab/NOTES.md), and were not compared at others. At size test trainings are
-# too short for either.
+# From this share of the training on, the error becomes its square root. It was chosen at size
+# laptop, by five seeds (lab/NOTES.md). At size test trainings are too short for it.
 ROOT_FROM = dict(test=1.0, laptop=0.4, gpu=0.4, coinrun=0.4)
-RESTART = dict(test=1.0, laptop=0.4, gpu=1.0, coinrun=1.0)
 
 
-class SpreadKMeans(OnlineKMeans):
-    """Online k-means with a loss that keeps the vectors from lying on a line or in a plane.
+class TwoPartQuantizer(nn.Module):
+    """Codes of two parts: the two halves of a vector are quantized apart.
 
-    In a plane all codes lie on one circle, and different actions fall under one code.
+    Each half has a k-means of its own. With 3 codes for either there are 9 pairs, and 3 i + j is
+    the number of the pair (i, j). A single k-means spends its codes where vectors differ most, and
+    leaves none for a direction in which they differ less.
     """
-    # weight of a loss of at most 1: a detail beside an error of 0.5 to 1. 0.1, alone, gained
-    # nothing (lab/NOTES.md)
-    spread = 0.02
+    kmeans = OnlineKMeans
+
+    def __init__(self, codes, dim, beta):
+        super().__init__()
+        first, second = two_factors(codes)
+        self.first = self.kmeans(first, dim // 2, beta)
+        self.second = self.kmeans(second, dim // 2, beta)
+
+    @property
+    def codebook(self):
+        """The vectors of all pairs, (codes, dim)."""
+        first = self.first.codebook.repeat_interleave(len(self.second.codebook), 0)
+        second = self.second.codebook.repeat(len(self.first.codebook), 1)
+        return torch.cat([first, second], 1)
+
+    def pair(self, i, j):
+        """The number of the pair of codes i and j, of any shape."""
+        return i * len(self.second.codebook) + j
+
+    def norm(self, v):
+        """Vectors v (..., dim), each half brought to unit root-mean-square."""
+        a, b = v.chunk(2, -1)
+        return torch.cat([self.first.norm(a), self.second.norm(b)], -1)
+
+    def nearest(self, v):
+        """The index (...) of the code nearest to each vector of v (..., dim)."""
+        a, b = v.chunk(2, -1)
+        return self.pair(self.first.nearest(a), self.second.nearest(b))
+
+    def lookup(self, index):
+        """The code vectors (..., dim) of indices (...)."""
+        return F.embedding(index, self.codebook)
 
     def forward(self, v):
-        e, a, loss = super().forward(v)
-        # of the vectors, not of their codes: codes that lie in a plane have no gradient out of it
-        return e, a, loss + self.spread * narrowness(self.norm(v))
+        """Vectors v (..., dim) -> their codes e (..., dim), the indices (...), and the loss."""
+        a, b = v.chunk(2, -1)
+        e, i, loss = self.first(a)
+        f, j, other = self.second(b)
+        return torch.cat([e, f], -1), self.pair(i, j), (loss + other) / 2
 
 
-def narrowness(v):
-    """How few directions vectors v (..., dim) spread in: 1 on a line, 1/2 in a plane, else less.
-
-    It is tr(C^2) / tr(C)^2 of their covariance C: the inverse of the participation ratio, which
-    is the effective number of directions.
-    """
-    with torch.autocast(v.device.type, enabled=False):
-        v = v.float().flatten(0, -2)
-        v = v - v.mean(0)
-        # the covariance, up to its scale, which cancels
-        C = v.T @ v                                                 # (dim, dim)
-    # of vectors that are all alike C is 0: nothing is divided by 0
-    return C.square().sum() / C.trace().square().clamp(min=1e-9)
+def two_factors(codes):
+    """The two numbers nearest to each other whose product is `codes`, the larger one first."""
+    second = math.isqrt(codes)
+    while codes % second:
+        second -= 1
+    return codes // second, second
 
 
 class OurLatentActionModel(LatentActionModel):
@@ -195,6 +219,12 @@ class OurLatentActionModel(LatentActionModel):
     - no past (PAST): the decoder sees x_t only, the encoder only the pair x_t and x_{t+1}. A
       decoder with a past predicts "still running right" by itself, and then a code means "as
       before", never "right".
+    - mirror (features): each pair is read in a mirror, too. What changes its sign there goes
+      sideways, and what does not goes up or down. The two are quantized apart, see
+      TwoPartQuantizer. Otherwise all codes name the direction in which most moves.
+    - off the grid (features): the encoder sees all frames half a patch lower. What stands on the
+      ground of a game often fills whole patches. If it then jumps by a whole patch, none of them
+      sees which way.
     - shifted clips (shown_to_encoder): the encoder sees half of the clips shifted against the grid
       of patches, so that a code means the same wherever things lie to the grid.
     - neighbours (predict): the decoder sees each patch with the eight around it. What moves, moves
@@ -203,10 +233,8 @@ class OurLatentActionModel(LatentActionModel):
       begins at copying the last frame. A frame painted from nothing starts far worse. So there is
       no sigmoid, and pixels go in as [-1, 1].
     - border, unit, root (error): see there.
-    - k-means tried anew (begin_step): two codes may share one thing, and one stand for two.
-    - spread (SpreadKMeans): see there.
     """
-    quantizer = SpreadKMeans
+    quantizer = TwoPartQuantizer
     beta = 0.05         # error and commitment loss begin near 1 both; the latter is to be a detail
     ffw = 4             # see STBlock
     PAST = 1            # window of encoder (in pairs of frames) and decoder (in frames)
@@ -241,16 +269,28 @@ class OurLatentActionModel(LatentActionModel):
         return torch.cat([x[:n].roll(by, (2, 3)), x[n:]])
 
     def features(self, x):
-        """What happened in each transition of clips x (B, T, H, W, C): (B, T-1, latent_dim)."""
-        patches = patchify(2 * x - 1, self.patch)                   # (B, T, N, P*P*C)
-        before, after = patches[:, :-1], patches[:, 1:]             # (B, T-1, N, P*P*C)
+        """What happened in each transition of clips x (B, T, H, W, C): (B, T-1, latent_dim).
+
+        The first half of a vector tells what went sideways, the second what went up or down.
+        """
+        # off the grid
+        x = x.roll(self.patch // 2, 2)
+        # mirror: all of it once more with left and right exchanged
+        x = torch.cat([x, x.flip(3)])                               # (2B, T, H, W, C)
+        patches = patchify(2 * x - 1, self.patch)                   # (2B, T, N, P*P*C)
+        before, after = patches[:, :-1], patches[:, 1:]             # (2B, T-1, N, P*P*C)
         # two readings: every pair of frames forwards and backwards in time
         forwards = torch.cat([before, after], -1)
         backwards = torch.cat([after, before], -1)
-        h = self.read(torch.cat([forwards, backwards]))             # (2B, T-1, N, D)
+        h = self.read(torch.cat([forwards, backwards]))             # (4B, T-1, N, D)
         h, reverse = h.chunk(2)
         # what both say cancels; then the mean over the tokens of a frame
-        return self.to_latent((h - reverse).mean(2))
+        v = self.to_latent((h - reverse).mean(2))                   # (2B, T-1, latent_dim)
+        # what the mirror turns round went sideways; what it leaves as it was went up or down
+        v, mirrored = v.chunk(2)
+        sideways, _ = (v - mirrored).chunk(2, -1)
+        _, upwards = (v + mirrored).chunk(2, -1)
+        return torch.cat([sideways, upwards], -1)
 
     def read(self, pairs):
         """Pairs of patches (B, T-1, N, 2*P*P*C) -> (B, T-1, N, D)."""
@@ -299,29 +339,9 @@ class OurLatentActionModel(LatentActionModel):
         """Frames x (B, T, H, W, C) without the border."""
         return x[:, :, self.inner[0], self.inner[1]]
 
-    def begin_step(self, step, args, clips):
-        """What changes on the way, before each training step."""
+    def begin_step(self, step, args):
+        """Before each training step: late in training the error is its root."""
         self.rooted = step >= ROOT_FROM[args.size] * args.steps
-        # k-means tried anew: now that the encoder has learned what to look at
-        every = max(1, int(RESTART[args.size] * args.steps))
-        if step > 0 and step % every == 0:
-            self.restart(clips, args)
-
-    @torch.no_grad()
-    def restart(self, clips, args, batches=100):
-        """Look at the codebook anew on clips spread over the data. So many batches are 4,800
-        transitions at size laptop, 600 for each code."""
-        # in batches like those of training: so nothing is compiled anew; of few clips, some twice
-        size = args.batch // args.world
-        parts = np.resize(clips.spread(batches * size), (batches, size))
-        v = []
-        with autocast(args):
-            for part in parts:
-                v.append(self.features(clips.at(part)).flatten(0, 1))
-        mine, best = self.vq.restart(torch.cat(v))                  # of (M, latent_dim)
-        if args.rank == 0:
-            tqdm.write(f"k-means of {len(parts) * size} clips: {mine:.3f} from the codebook as it "
-                       f"is, {best:.3f} from the best of other beginnings")
 
 
 MODELS = dict(paper=LatentActionModel, ours=OurLatentActionModel)
@@ -366,7 +386,7 @@ def evaluate(lam, args):
     scores = dict(psnr=quality(a), psnr_shuffled=quality(shuffled),
                   copy_psnr=psnr(x[:, :-1], x[:, 1:]).mean().item())
     scores["lam_gain"] = scores["psnr"] - scores["psnr_shuffled"]
-    # a code counts if it is used in one transition of fifty, a sixth of its fair share of eight
+    # a code counts if it is used in one transition of fifty, a sixth of its fair share
     scores["codes_in_use"] = int((share >= 0.02).sum())
     scores["codes"] = K
     scores["code_perplexity"] = perplexity(a, K).item()
@@ -663,6 +683,11 @@ def begin(args, model_class=None, runner=Run):
     check_patch(args.patch, height, width)
     if args.codes < 2:
         stop(f"--codes {args.codes}: a single code can tell nothing; it must be at least 2")
+    if args.recipe == "ours" and min(two_factors(args.codes)) < 2:
+        stop(f"--codes {args.codes}: a code of ours says two things, which way it went sideways and "
+             "which way up or down; choose a product of two numbers, such as 4, 6, 8 or 9")
+    if args.recipe == "ours" and args.latent_dim % 2:
+        stop(f"--latent-dim {args.latent_dim}: a code of ours has two halves; choose an even number")
     if args.recipe == "ours" and min(height, width) < 3 * args.patch:
         stop(f"--patch {args.patch}: the error leaves out a border of one patch, and nothing "
              f"would be left of frames of {width}x{height} pixels; choose a smaller one")
@@ -684,7 +709,7 @@ def begin(args, model_class=None, runner=Run):
 def train_step(run, net, clips, x, step):
     """One step on clips x (B, T, H, W, C). Returns their latent actions (B, T-1)."""
     schedule(run.optimizer, step, run.args)
-    run.model.begin_step(step, run.args, clips)
+    run.model.begin_step(step, run.args)
     # read the actions, draw the next frames from them
     with autocast(run.args):
         loss, a, parts = net(x)

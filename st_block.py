@@ -471,63 +471,6 @@ class OnlineKMeans(VectorQuantizer):
         mean = self.mean_sum / self.mean_count[:, None].clamp(min=1e-9)
         self.codebook.copy_(torch.where(used, mean, self.codebook))
 
-    @torch.no_grad()
-    def restart(self, v, tries=16, rounds=30, better=0.97):
-        """Try k-means on vectors v (M, dim) from other starting points; keep the best if better.
-
-        Online k-means ends in the local minimum that it began near: two codes may share one thing
-        while one code stands for two. The codebook moves only if the mean squared distance falls
-        by 3 % or more: a smaller gain is not worth new meanings in the middle of a training. (These
-        3 % and the 16 tries were chosen by hand.)
-        Returns the distance that k-means reaches from the present codebook, and the best that it
-        reaches from `tries` other starting points, in so many rounds that more change nothing.
-        It draws nothing from torch's global generator.
-        """
-        v = self.norm(v)
-        K = len(self.codebook)
-        generator = torch.Generator(v.device).manual_seed(0)
-        # where would the present codebook end, and where do other starting points end?
-        mine, _, _ = kmeans(v, self.codebook, rounds)
-        best = math.inf
-        for _ in range(tries):
-            distance, codes, chosen = kmeans(v, kmeans_plus_plus(v, K, generator), rounds)
-            if distance < best:
-                best, best_codes, best_chosen = distance, codes, chosen
-        # move, and count as if these had been the codes for a while
-        if best < better * mine:
-            self.mean_count.copy_(best_chosen / len(v) * self.mean_count.sum())
-            self.mean_sum.copy_(best_codes * self.mean_count[:, None])
-            self.codebook.copy_(best_codes)
-        return mine, best
-
-
-def kmeans_plus_plus(v, K, generator):
-    """K of the vectors v (M, dim) to begin k-means with (Arthur & Vassilvitskii 2007): (K, dim)."""
-    e = v[torch.randint(len(v), (1,), generator=generator, device=v.device)]
-    while len(e) < K:
-        # a vector is drawn with a chance proportional to its squared distance from those before
-        far = torch.cdist(v, e).amin(1).square()                    # (M,)
-        # of fewer than K different vectors, any will do
-        if far.sum() == 0:
-            far = torch.ones_like(far)
-        e = torch.cat([e, v[torch.multinomial(far, 1, generator=generator)]])
-    return e
-
-
-def kmeans(v, e, rounds):
-    """Lloyd's algorithm on vectors v (M, dim) from codes e (K, dim).
-
-    Returns the mean squared distance to the nearest code, the codes (K, dim), and how many vectors
-    each code had in the last round (K,).
-    """
-    for _ in range(rounds):
-        # each vector chooses its nearest code, then each code becomes the mean of its vectors
-        index = torch.cdist(v, e).argmin(1)                         # (M,)
-        n = counts(index, len(e))                                   # (K,)
-        mean = torch.zeros_like(e).index_add_(0, index, v) / n[:, None].clamp(min=1)
-        e = torch.where(n[:, None] > 0, mean, e)
-    return torch.cdist(v, e).amin(1).square().mean().item(), e, n
-
 
 class Neighbours(nn.Module):
     """x plus a 3x3 convolution of x over the grid of patches: (B, T, N, D) -> the same.

@@ -24,8 +24,8 @@ import lam
 import tokenizer
 from dynamics import OurDynamics
 from lab.variants import Blank, Prepend, Streams
-from lam import OurLatentActionModel, SpreadKMeans
-from st_block import STTransformer, command, new_parser, patchify, stop
+from lam import OurLatentActionModel, TwoPartQuantizer
+from st_block import OnlineKMeans, STTransformer, command, new_parser, patchify, stop
 
 # ------------------------------------------------------------------------------- broken LAMs
 
@@ -60,17 +60,24 @@ class OneWay(OurLatentActionModel):
         return self.to_latent(self.read(pairs).mean(2))
 
 
-class AnyLength(SpreadKMeans):
+class OnePart(OurLatentActionModel):
+    """One k-means quantizes the whole vector."""
+    quantizer = OnlineKMeans
+
+
+class AnyLength(OnlineKMeans):
     def norm(self, z):
         return z.float()
 
 
 class NoNorm(OurLatentActionModel):
     """Vectors are quantized as they come, at any length."""
-    quantizer = AnyLength
+
+    class quantizer(TwoPartQuantizer):
+        kmeans = AnyLength
 
 
-class StaysDead(SpreadKMeans):
+class StaysDead(OnlineKMeans):
     dead_below = 0.0
 
     def __init__(self, *args):
@@ -82,7 +89,9 @@ class StaysDead(SpreadKMeans):
 
 class NoRevival(OurLatentActionModel):
     """Codes begin as random directions, and a dead one stays dead."""
-    quantizer = StaysDead
+
+    class quantizer(TwoPartQuantizer):
+        kmeans = StaysDead
 
 
 class Neither(StaysDead, AnyLength):
@@ -91,7 +100,9 @@ class Neither(StaysDead, AnyLength):
 
 class Dead(OurLatentActionModel):
     """no-norm and no-revival together."""
-    quantizer = Neither
+
+    class quantizer(TwoPartQuantizer):
+        kmeans = Neither
 
 
 # ------------------------------------------------------------------------------- broken dynamics
@@ -135,6 +146,7 @@ LAMS = {
     "blind": (Blind, FOUR, Blind.__doc__),
     "leak": (Leak, FOUR, Leak.__doc__),
     "one-way": (OneWay, FOUR, OneWay.__doc__),
+    "one-part": (OnePart, FOUR, OnePart.__doc__),
     "no-norm": (NoNorm, FOUR, NoNorm.__doc__),
     "no-revival": (NoRevival, FOUR, NoRevival.__doc__),
     "dead": (Dead, FOUR, Dead.__doc__),

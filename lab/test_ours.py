@@ -79,82 +79,21 @@ def test_codes_begin_on_the_data():
     assert length.max() < 1.1
 
 
-def heaps():
-    """400 vectors in four heaps, and a k-means of them in a bad local minimum: two codes share the
-    first heap, and one code lies between two others."""
+def test_a_code_of_two_parts_is_the_nearest_of_all_pairs():
+    """Its number stands for the nearest code of either half, and its vector is theirs."""
     torch.manual_seed(0)
-    middles = torch.tensor([[3.0, 0], [0, 3], [-3, 0], [0, -3]])
-    z = F.rms_norm(middles.repeat_interleave(100, 0) + 0.1 * torch.randn(400, 2), (2,))
-    vq = st.OnlineKMeans(4, 2, beta=0.25)
-    shared = F.rms_norm(torch.tensor([[3.0, 0.1], [3, -0.1], [-3, 3], [0, -3]]), (2,))
-    vq.codebook.copy_(shared)
-    vq.mean_sum.copy_(10 * shared)
-    vq.mean_count.fill_(10)
-    return z, middles, vq
+    vq = lam_stage.TwoPartQuantizer(6, 8, beta=0.25).eval()
+    v = torch.randn(50, 8)
+    e, index, _ = vq(v)
+    assert vq.codebook.shape == (6, 8)
+    assert torch.allclose(e, vq.codebook[index], atol=1e-6), "not the vector of its number"
+    assert torch.equal(index, torch.cdist(vq.norm(v), vq.codebook).argmin(-1)), "not the nearest"
+    assert torch.equal(index, vq.nearest(v)), "nearest says another code than forward"
 
 
-def test_kmeans_tried_anew_leaves_a_bad_local_minimum():
-    """From other beginnings it finds a code for every heap."""
-    z, middles, vq = heaps()
-    mine, best = vq.restart(z)
-    assert best < 0.2 * mine
-    assert sorted(vq.nearest(middles).tolist()) == [0, 1, 2, 3]
-    mean = vq.mean_sum / vq.mean_count[:, None]
-    assert torch.allclose(mean, vq.codebook, atol=1e-5), "the next step would move the codes back"
-    assert vq.mean_count.sum() == 40, "the next step would revive them, or never revive any"
-
-
-def test_kmeans_tried_anew_stays_where_nothing_is_better():
-    """To the bit, and it draws no global random number."""
-    z, _, vq = heaps()
-    vq.restart(z)
-    good = vq.codebook.clone()
-    luck = torch.get_rng_state()
-    vq.restart(z)
-    assert torch.equal(vq.codebook, good)
-    assert torch.equal(torch.get_rng_state(), luck)
-
-
-def test_kmeans_of_vectors_that_are_all_alike_does_no_harm():
-    """As those of a video in which nothing moves."""
-    _, _, vq = heaps()
-    vq.restart(torch.zeros(400, 2))
-    assert vq.codebook.isfinite().all()
-
-
-def test_narrowness_counts_directions():
-    """It is 1 on a line, 1/2 in a plane and 1/D in all D directions."""
-    torch.manual_seed(0)
-    z = torch.randn(20000, 4)
-    for directions in (1, 2, 4):
-        spread = z * (torch.arange(4) < directions) + 3
-        assert lam_stage.narrowness(spread).item() == pytest.approx(1 / directions, rel=0.02)
-
-
-def test_narrowness_leads_out_of_a_line():
-    torch.manual_seed(0)
-    z = (torch.randn(50, 4) * torch.tensor([1, 0.01, 0, 0])).requires_grad_()
-    lam_stage.narrowness(z).backward()
-    assert lam_stage.narrowness(z - z.grad) < lam_stage.narrowness(z)
-
-
-def test_narrowness_of_vectors_that_are_all_alike_does_no_harm():
-    z = torch.ones(50, 4, requires_grad=True)
-    lam_stage.narrowness(z).backward()
-    assert z.grad.isfinite().all()
-
-
-def test_vectors_are_spread_not_codes():
-    """Codes in a plane have no gradient that leads out of it: the loss would do nothing."""
-    torch.manual_seed(0)
-    vq = lam_stage.SpreadKMeans(8, 8, beta=0.05).eval()
-    plain = st.OnlineKMeans(8, 8, beta=0.05).eval()
-    vq.codebook[:, 1:] = 0
-    plain.codebook.copy_(vq.codebook)
-    z = torch.randn(50, 8, requires_grad=True)
-    pull, = torch.autograd.grad(vq(z)[2], z)
-    commitment, = torch.autograd.grad(plain(z)[2], z)
-    assert (pull - commitment).abs().max() > 1e-6
+@pytest.mark.parametrize("codes, parts", [(9, (3, 3)), (8, (4, 2)), (6, (3, 2)), (7, (7, 1))])
+def test_codes_are_split_into_two_numbers_as_alike_as_can_be(codes, parts):
+    assert lam_stage.two_factors(codes) == parts
 
 
 # ------------------------------------------------------------------------------- the tokenizer
@@ -196,6 +135,33 @@ def test_a_negative_reads_like_the_picture():
     x = torch.rand(2, 4, 32, 32, 3)
     assert torch.allclose(m.features(1 - x), m.features(x), atol=1e-5)
     assert not torch.allclose(m.features(x.flip(1)), m.features(x), atol=1e-2), "it is blind"
+
+
+@torch.no_grad()
+def test_a_mirror_turns_round_what_goes_sideways():
+    """And it leaves what goes up and down as it was: so each half names one of the two."""
+    m = small_lam("ours")
+    x = torch.rand(2, 4, 32, 32, 3)
+    sideways, upwards = m.features(x).chunk(2, -1)
+    mirrored, same = m.features(x.flip(3)).chunk(2, -1)
+    assert sideways.abs().max() > 1e-3 and upwards.abs().max() > 1e-3, "it is blind"
+    assert torch.allclose(mirrored, -sideways, atol=1e-5)
+    assert torch.allclose(same, upwards, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_jump_by_a_whole_patch_has_a_direction():
+    """Of a thing on the grid each patch alone sees that it came or went, and not from where."""
+    m = small_lam("ours")
+    # each patch by itself
+    m.encoder = nn.Identity()
+    x = torch.zeros(2, 2, 32, 32, 3)
+    x[:, 0, 16:24, 8:16] = torch.rand(8, 8, 3)
+    # the first clip: up by a patch; the second one: down
+    x[0, 1] = x[0, 0].roll(-8, 0)
+    x[1, 1] = x[1, 0].roll(8, 0)
+    up, down = m.features(x)[:, 0, 4:]
+    assert (up - down).abs().max() > 1e-3 * up.abs().max()
 
 
 def test_shifted_clips_are_for_the_encoder_in_training():

@@ -163,6 +163,8 @@ def test_frames_that_were_changed_anywhere(platformer, tmp_path):
     (["--frames", "81"], "no episode"),
     (["--frames", "1"], "at least 2"),
     (["--codes", "1"], "at least 2"),
+    (["--codes", "7"], "a product of two numbers"),
+    (["--latent-dim", "5"], "an even number"),
     (["--batch", "0"], "at least 1"),
     (["--lr", "nan"], "finite"),
     (["--lr", "inf"], "finite"),
