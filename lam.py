@@ -684,10 +684,11 @@ def begin(args, model_class=None, runner=Run):
     if args.codes < 2:
         stop(f"--codes {args.codes}: a single code can tell nothing; it must be at least 2")
     if args.recipe == "ours" and min(two_factors(args.codes)) < 2:
-        stop(f"--codes {args.codes}: a code of ours says two things, which way it went sideways and "
-             "which way up or down; choose a product of two numbers, such as 4, 6, 8 or 9")
+        stop(f"--codes {args.codes}: a code of ours says two things, which way it went sideways "
+             "and which way up or down; choose a product of two numbers, such as 4, 6, 8 or 9")
     if args.recipe == "ours" and args.latent_dim % 2:
-        stop(f"--latent-dim {args.latent_dim}: a code of ours has two halves; choose an even number")
+        stop(f"--latent-dim {args.latent_dim}: a code of ours has two halves; choose an even "
+             "number")
     if args.recipe == "ours" and min(height, width) < 3 * args.patch:
         stop(f"--patch {args.patch}: the error leaves out a border of one patch, and nothing "
              f"would be left of frames of {width}x{height} pixels; choose a smaller one")

@@ -429,7 +429,7 @@ COMMANDS = [
     (play.main, ["--fps", 0], "--fps above 0"),
     (play.main, ["--worlds", 0, "--script"], "must be at least 1"),
     (play.main, ["--script", "--keys", 1, 2], "four codes or five"),
-    (play.main, ["--script", "--keys", 0, 1, 2, 9], "this world has 1 to 8"),
+    (play.main, ["--script", "--keys", 0, 1, 2, 9], "this world has 1 to 9"),
     (play.main, ["--script", "--prompt", "nowhere.png"], "cannot read the picture"),
     (play.main, ["--script", "--prompt", "notes.txt"], "cannot read the picture"),
     (play.main, ["--script", "--prompt", "data"], "cannot read the picture"),

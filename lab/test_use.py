@@ -576,7 +576,7 @@ def test_what_is_encoded_is_kept(encoded):
 def test_another_lam_changes_actions_alone(encoded):
     encoded.encode()
     made = encoded.tokens_made, encoded.actions_made
-    encoded.lam.vq.codebook += 1
+    encoded.lam.vq.first.codebook += 1
     encoded.encode()
     assert encoded.tokens_made == made[0] and encoded.actions_made > made[1]
 

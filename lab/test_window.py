@@ -148,12 +148,12 @@ def test_codes_of_like_meaning_have_different_labels(window):
     assert game.label(0) == "1 none ·"
 
 
-@pytest.mark.parametrize("codes", [(4, 2, 9, 1), (0, 2, 3, 1), (4, 2, 5)])
+@pytest.mark.parametrize("codes", [(4, 2, 10, 1), (0, 2, 3, 1), (4, 2, 5)])
 def test_codes_that_this_world_has_not(window, codes):
     def assign(argv):
         window.game.assign(*codes)
 
-    refuses("four codes or five.*has 1 to 8", assign)
+    refuses("four codes or five.*has 1 to 9", assign)
 
 
 # ------------------------------------------------------------------------------- commands
