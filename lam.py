@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import (ACTIONS, Clips, displacement, moves_within, psnr, standard_error,
                   true_actions)
